@@ -1,0 +1,318 @@
+"""YAML and overrides -> frozen dataclasses. The only file that knows every concrete class, through literal tables.
+
+A recipe is a tree of sections; a slot (objective, link, weighting, ...) is ``kind`` plus that class's fields. The component
+is its own configuration: there is no second definition of its fields. pydantic validates the leaves; unknown keys and kinds
+are refused with the full path and the nearest name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from . import likelihood, objectives, process
+from .data.spec import DataSpec
+from .errors import ConfigError
+from .evaluate.spec import EvaluateSpec
+from .models.spec import ModelSpec
+from .train.spec import TrainSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run is told. Written beside every checkpoint as config.resolved.yaml."""
+
+    output_dir: str
+    model: ModelSpec
+    data: DataSpec
+    objective: objectives.Objective
+    seed: int = 0
+    likelihood: likelihood.DenoisingELBO = likelihood.DenoisingELBO()
+    train: TrainSpec = TrainSpec()
+    evaluate: EvaluateSpec | None = None
+
+
+# every slot with alternatives: annotation -> (table of kinds, default kind, entry point group)
+_SLOTS = {
+    objectives.Objective: (objectives.OBJECTIVES, None, "diffalign.objectives"),
+    objectives.Link: (objectives.LINKS, "logistic", "diffalign.links"),
+    objectives.Pairs: (objectives.PAIRS, "best_worst", None),
+    likelihood.Weighting: (likelihood.WEIGHTINGS, "simple", None),
+    process.NoisePlan: (process.NOISES, "shared", None),
+    process.Times: (process.TIMES, "uniform", None),
+}
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file and ``key=value`` overrides. Raises ConfigError naming the option's path."""
+    tree = read_yaml(Path(path))
+    for override in overrides:
+        apply_override(tree, override)
+    return build_recipe(tree)
+
+
+def build_recipe(tree: dict) -> Recipe:
+    """A recipe from a plain tree."""
+    recipe = _build(Recipe, tree, "")
+    _cross_check(recipe)
+    return recipe
+
+
+def as_tree(value) -> object:
+    """The plain tree that builds ``value`` again: dataclasses become mappings, with ``kind`` where the slot needs one."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: as_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        kind = _kind_of(type(value))
+        return fields if kind is None else {"kind": kind, **fields}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def dump(recipe: Recipe) -> str:
+    return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)
+
+
+def config_hash(recipe: Recipe) -> str:
+    return hashlib.sha256(json.dumps(as_tree(recipe), sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only: no aliases, no merge keys, no duplicate keys; 1e-5 is a number, on/off and 12:30 are text."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ConfigError(f"line {self.peek_event().start_mark.line + 1}: YAML aliases are not accepted")
+        return super().compose_node(parent, index)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    result = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise ConfigError(f"line {line}: option names are text, got {key!r}")
+        if key in result:
+            raise ConfigError(f"line {line}: the option '{key}' is given twice")
+        result[key] = loader.construct_object(value_node, deep=True)
+    return result
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":")[-1] in ("null",)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+for _tag, _pattern, _first in (
+        ("bool", r"^(?:true|True|false|False)$", "tTfF"),
+        ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789"),
+        ("float", r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$", "-+0123456789.")):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+
+_MAX_BYTES = 1_000_000
+
+
+def parse_yaml(text: str, where: str) -> object:
+    """YAML text -> plain data. Raises ConfigError starting with ``where``."""
+    if text.count("[") + text.count("{") > 1000:
+        raise ConfigError(f"{where}: nested too deeply for a recipe")
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader: builds plain data only
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{where}: {line}{error.problem or 'not valid YAML'}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid YAML ({str(error).splitlines()[0]})") from None
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path}: larger than 1 MB; is this a recipe?")
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe{_near(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a recipe ({error.__class__.__name__}: {error})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of options, got {type(tree).__name__}")
+    return tree
+
+
+def _near(path: Path) -> str:
+    names = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    return _did_you_mean(str(path), names)
+
+
+def apply_override(tree: dict, override: str) -> None:
+    """Set ``a.b.c=value`` in the tree, in place; the value is read as YAML."""
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"'{override}': an override is key=value, such as train.learning_rate=1e-5")
+    *parents, last = path.strip().split(".")
+    node = tree
+    for depth, name in enumerate(parents):
+        if node.get(name) is None:
+            node[name] = {}
+        if isinstance(node[name], str):  # 'link: hinge', to which an option is added
+            node[name] = {"kind": node[name]}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{'.'.join(parents[:depth + 1])}: is a value, so '{path}' cannot be set")
+    node[last] = parse_yaml(text, path)
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+def _build(cls: type, tree: object, path: str, lead: tuple[str, ...] = ()):
+    """An instance of the dataclass ``cls`` from a mapping; every field by its annotation."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path or 'recipe'}: expected options of {cls.__name__}, got {_show(tree)}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in tree:
+        if key not in fields:
+            suggestion = _did_you_mean(key, [*lead, *fields])
+            raise ConfigError(f"{_join(path, key)}: unknown option for {cls.__name__}.{suggestion}")
+    missing = [name for name, f in fields.items() if name not in tree and _required(f)]
+    if missing:
+        raise ConfigError(f"{_join(path, missing[0])}: is missing")
+    values = {name: _value(hints[name], tree[name], _join(path, name)) for name in fields if name in tree}
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(_place(path, str(error), fields)) from None
+
+
+def _value(annotation, value: object, path: str):
+    """One field: a slot, a section, an optional section, or a leaf."""
+    if annotation in _SLOTS:
+        return _slot(annotation, value, path)
+    inner = _optional(annotation)
+    if inner is not None and value is None:
+        return None
+    for candidate in (inner, annotation):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return _build(candidate, _without_kind(value, candidate), path)
+    return _leaf(annotation, value, path)
+
+
+def _slot(annotation, value: object, path: str):
+    table, default, group = _SLOTS[annotation]
+    if isinstance(value, str):  # 'link: hinge' says the same as 'link: {kind: hinge}'
+        value = {"kind": value}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a kind ({', '.join(table)}) with its options, got {_show(value)}")
+    kind = value.get("kind", default)
+    if kind is None:
+        raise ConfigError(f"{path}.kind: is missing; one of {', '.join(table)}")
+    cls = table.get(kind) if isinstance(kind, str) else None
+    if cls is None and group is not None and isinstance(kind, str):
+        cls = _plugin(group, kind, path)
+    if cls is None:
+        raise ConfigError(f"{path}.kind: no {path.rsplit('.', 1)[-1]} called {_show(kind)}."
+                          f"{_did_you_mean(str(kind), list(table))} Known: {', '.join(table)}.")
+    return _build(cls, {k: v for k, v in value.items() if k != "kind"}, path, lead=("kind",))
+
+
+def _plugin(group: str, kind: str, path: str):
+    """A third party's component, by entry point name; never by a dotted path in a file."""
+    found = [point for point in entry_points(group=group) if point.name == kind]
+    if not found:
+        return None
+    try:
+        return found[0].load()
+    except Exception as error:
+        raise ConfigError(f"{path}.kind: the plug-in '{kind}' ({found[0].value}) cannot be loaded: {error}") from None
+
+
+def _leaf(annotation, value: object, path: str):
+    try:
+        result = TypeAdapter(annotation).validate_python(value, strict=False if isinstance(value, list) else None)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {_show(value)}") from None
+    if isinstance(value, bool) and not isinstance(result, bool) or isinstance(result, bool) and not isinstance(value, bool):
+        raise ConfigError(f"{path}: expected {_words(annotation)}, got {_show(value)}")
+    if isinstance(value, str) and isinstance(result, (int, float)):
+        raise ConfigError(f"{path}: expected {_words(annotation)}, got the text {_show(value)}")
+    if isinstance(result, float) and not math.isfinite(result):
+        raise ConfigError(f"{path}: must be a finite number, got {_show(value)}")
+    return result
+
+
+def _optional(annotation):
+    """``X`` of ``X | None``, else None."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        rest = [a for a in typing.get_args(annotation) if a is not type(None)]
+        return rest[0] if len(rest) == 1 and len(typing.get_args(annotation)) == 2 else None
+    return None
+
+
+def _without_kind(value: object, cls: type) -> object:
+    """Sections of a single kind accept that kind's name, so that a written tree reads back."""
+    kind = _kind_of(cls)
+    return {k: v for k, v in value.items() if k != "kind" or v != kind} if isinstance(value, dict) else value
+
+
+def _kind_of(cls: type) -> str | None:
+    tables = [table for table, _, _ in _SLOTS.values()]
+    named = [kind for table in tables for kind, known in table.items() if known is cls]
+    if named:
+        return named[0]
+    groups = [group for _, _, group in _SLOTS.values() if group]
+    dotted = f"{cls.__module__}:{cls.__qualname__}"
+    return next((p.name for group in groups for p in entry_points(group=group) if p.value == dotted), None)
+
+
+def _required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _place(path: str, message: str, fields) -> str:
+    """'beta must be above 0' -> 'objective.beta: must be above 0'."""
+    name, _, rest = message.partition(" ")
+    return f"{_join(path, name)}: {rest}" if name in fields else f"{path}: {message}"
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _words(annotation) -> str:
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _did_you_mean(word: str, known: typing.Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f' Did you mean "{near[0]}"?' if near else ""
+
+
+# --- options that don't fit together --------------------------------------------------------------------------------
+
+def _cross_check(recipe: Recipe) -> None:
+    if recipe.data.layout == "unpaired" and recipe.objective.min_k > 1:
+        raise ConfigError(f"data.layout: 'unpaired' has one picture a group, but {type(recipe.objective).__name__} compares "
+                          f"{recipe.objective.min_k}")
+    link = getattr(recipe.objective, "link", None)
+    if recipe.data.ties == "soft" and link is not None and not isinstance(link, objectives.Logistic):
+        raise ConfigError("data.ties: 'soft' needs objective.link.kind logistic; the other links have no soft form")

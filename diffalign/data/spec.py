@@ -1,0 +1,50 @@
+"""What a recipe says about the preference data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Preference data and how it becomes latents.
+
+    path: parquet/JSONL file, folder, or hub data set id. layout: "auto" detects it from the columns.
+    ties: drop them, keep them as soft labels, or refuse the data set. bad_rows: stop at the first corrupt row, or skip it
+    (skipped rows are named and counted). resolution: pixels of a square picture's side; null takes the model's own.
+    aspect_ratio_buckets: crop every group to the nearest of some shapes of equal area, never stretch.
+    caption_dropout: share of (row, visit) whose prompt becomes the unconditional one. validation: a second data set of the
+    same layout for held-out preference accuracy, or validation_share of the prompts. cache_dir: where latents and text
+    embeddings are kept; null puts them beside output_dir. heldout_prompts: text file; ``check`` reports leakage into it.
+    """
+
+    path: str
+    split: str = "train"
+    name: str | None = None
+    revision: str | None = None
+    layout: Literal["auto", "pickapic", "chosen_rejected", "scored", "unpaired"] = "auto"
+    image_root: str | None = None
+    streaming: bool = False
+    max_train_samples: int | None = None
+    ties: Literal["drop", "soft", "refuse"] = "drop"
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    max_pixels: int = 100_000_000
+    resolution: int | None = None
+    aspect_ratio_buckets: bool = False
+    center_crop: bool = True
+    random_flip: bool = False
+    caption_dropout: float = 0.0
+    validation: str | None = None
+    validation_share: float = 0.0
+    heldout_prompts: str | None = None
+    cache_dir: str | None = None
+    cache_dtype: Literal["float32", "float16"] = "float32"
+    encode_batch_size: int = 8
+
+    def __post_init__(self):
+        for name in ("caption_dropout", "validation_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.resolution is not None and self.resolution < 8:
+            raise ValueError(f"resolution is in pixels and must be at least 8, got {self.resolution}")

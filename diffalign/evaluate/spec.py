@@ -1,0 +1,32 @@
+"""What a recipe says about the comparison of base and aligned model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSpec:
+    """Base beside aligned, same prompts, same seeds, judged by a reward.
+
+    prompts: text file, one prompt a line. judge: name of a reward (``diffalign.rewards``); null draws pictures only.
+    seeds: pictures per prompt and model; the interval is a bootstrap over prompts. grid_prompts: rows of grid.png.
+    """
+
+    prompts: str
+    judge: str | None = None
+    seeds: int = 1
+    seed: int = 0
+    num_inference_steps: int = 30
+    guidance_scale: float = 5.0
+    negative_prompt: str | None = None
+    batch_size: int = 8
+    height: int | None = None
+    width: int | None = None
+    bootstrap_resamples: int = 10_000
+    grid_prompts: int = 12
+
+    def __post_init__(self):
+        for name in ("seeds", "num_inference_steps", "batch_size", "bootstrap_resamples", "grid_prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -1,0 +1,70 @@
+"""Weights on the squared error, W(t), by the names of notation.md section 5.
+
+__call__(noised, param, process) -> [N] float32, a weight in the model's native error space. 'simple' is constant there;
+the others are defined on the error of the noise (or of x0) and converted, so that they mean the same for every model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..process import Parameterization, Process
+from ..types import Noised
+
+
+@dataclass(frozen=True)
+class Simple:
+    """Constant 1 in the model's native error space: what all published Diffusion-DPO runs use."""
+
+    def __call__(self, noised: Noised, param: Parameterization, process: Process) -> Tensor:
+        return torch.ones_like(noised.t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ELBO:
+    """The likelihood bound's own weight (T*gamma_t for DDPM; 1/(t(1-t)) on the noise error for a flow).
+
+    normalise: divide by the mean over the process's times, so that beta keeps the scale it has under 'simple'; False gives
+    true nats (per element). max: clamp before normalising; the weight blows up as t goes to 0 and a few draws would rule.
+    """
+
+    normalise: bool = True
+    max: float | None = 100.0
+
+    def __post_init__(self):
+        if self.max is not None and self.max <= 0:
+            raise ValueError(f"max must be above 0, got {self.max}")
+
+    def __call__(self, noised: Noised, param: Parameterization, process: Process) -> Tensor:
+        weight = self._native(noised, param, process)
+        if not self.normalise:
+            return weight
+        grid = process.grid().to(noised.t.device)
+        ones = torch.zeros(len(grid), 1, device=grid.device)
+        return weight / self._native(process.noise(ones, grid, ones), param, process).mean()
+
+    def _native(self, noised: Noised, param: Parameterization, process: Process) -> Tensor:
+        # twice the ELBO weight: the estimator's factor 1/2 is part of its convention, not of the bound
+        weight = 2 * process.elbo_weight(noised.t) * param.error_to_eps(noised)
+        return weight if self.max is None else weight.clamp(max=2 * self.max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinSNR:
+    """min(SNR, gamma) on the x0 error (Hang et al. 2023, arXiv 2303.09556): min(SNR, gamma)/SNR on the noise error."""
+
+    gamma: float = 5.0
+
+    def __post_init__(self):
+        if self.gamma <= 0:
+            raise ValueError(f"gamma must be above 0, got {self.gamma}")
+
+    def __call__(self, noised: Noised, param: Parameterization, process: Process) -> Tensor:
+        snr = noised.log_snr.exp()
+        return snr.clamp(max=self.gamma) / snr * param.error_to_eps(noised)
+
+
+Weighting = Simple | ELBO | MinSNR

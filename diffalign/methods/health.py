@@ -1,0 +1,34 @@
+"""Health metrics: which side moves, and at which times. Values only, detached; NaN entries are not counted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..objectives import BestWorst
+from ..types import Batch, Estimate
+
+BINS = 5
+
+
+def health(est: Estimate, batch: Batch) -> dict[str, Tensor]:
+    """Per pair [P]: margin (nats per element), accuracy (ties one half), by bin of time, and each side's error.
+
+    ``win_error_change`` and ``lose_error_change`` are policy minus reference, below 0 when the policy denoises that
+    side better: DPO often "wins" by ruining losers, which shows as both changes rising while the margin grows.
+    """
+    with torch.no_grad():
+        b, w, l = BestWorst()(batch)
+        margin = est.log_ratio[b, w] - est.log_ratio[b, l]
+        accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
+        metrics = {"margin": margin, "accuracy": accuracy, "win_error": est.error[b, w], "lose_error": est.error[b, l]}
+        if est.reference_error is not None:
+            change = est.error - est.reference_error
+            metrics |= {"win_error_change": change[b, w], "lose_error_change": change[b, l]}
+        return {name: value.detach() for name, value in metrics.items()} | _by_bin(accuracy, est.t[b, w])
+
+
+def _by_bin(accuracy: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """accuracy_t0 (nearly clean) ... accuracy_t4 (nearly noise)."""
+    index = (t * BINS).long().clamp(0, BINS - 1)
+    return {f"accuracy_t{i}": torch.where(index == i, accuracy, torch.nan) for i in range(BINS)}

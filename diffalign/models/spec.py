@@ -1,0 +1,38 @@
+"""What a recipe says about the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank adapters on the denoiser, trained in float32.
+
+    rank, alpha: alpha defaults to rank. target_modules: names as peft matches them; null takes the family's attention
+    projections. init: peft's ``init_lora_weights``.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    target_modules: tuple[str, ...] | None = None
+    init: Literal["gaussian", "default"] = "gaussian"
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A diffusers pipeline, from a folder or a hub id; safetensors only, no remote code.
+
+    lora: null trains all weights of the denoiser (the reference is then a frozen copy). revision: pin a hub id to a commit.
+    """
+
+    pretrained_model_name_or_path: str
+    revision: str | None = None
+    variant: str | None = None
+    pretrained_vae_model_name_or_path: str | None = None
+    lora: LoRA | None = LoRA()

@@ -1,0 +1,19 @@
+"""What an objective is: how likely each candidate is, bent into a loss. Imports nothing but torch and the types."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..types import Batch, Estimate, Loss, Memory
+
+
+class Objective(Protocol):
+    """Pure: the same estimate, batch and memory give the same loss.
+
+    reference_free: True when no reference is read; the reference pass is then never run. min_k: smallest group it accepts.
+    """
+
+    reference_free: bool
+    min_k: int
+
+    def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss: ...

@@ -1,0 +1,149 @@
+"""The types that flow through diffalign. B groups, K candidates a group, N = B*K rows, S = latent shape (C, H, W).
+
+Time runs from 0 (clean) to 1 (noise) everywhere. A pair is a group of two, an unpaired picture a group of one, a ranking
+a group of K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+class _Movable:
+    """``to(device)`` for frozen dataclasses of tensors."""
+
+    __slots__ = ()
+
+    def to(self, device, non_blocking: bool = True):
+        return replace(self, **{f.name: _move(getattr(self, f.name), device, non_blocking) for f in fields(self)})
+
+
+def _move(value, device, non_blocking):
+    if isinstance(value, dict):
+        return {name: _move(item, device, non_blocking) for name, item in value.items()}
+    return value.to(device, non_blocking=non_blocking) if isinstance(value, (Tensor, _Movable)) else value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cond(_Movable):
+    """What the denoiser is conditioned on.
+
+    tokens: [B, L, D] float, text-encoder states. pooled: [B, D'] float or None. extra: per candidate, [B, K, ...];
+    SDXL's ``time_ids`` [B, K, 6] in pixels stay float32 (bf16 cannot hold 1023).
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, k: int, draws: int = 1) -> Cond:
+        """One row per (draw, group, candidate): everything becomes [draws*B*K, ...], draws outermost."""
+        def shared(x):
+            return x.repeat_interleave(k, dim=0).repeat(draws, *[1] * (x.dim() - 1))
+
+        def own(x):
+            return x.flatten(0, 1).repeat(draws, *[1] * (x.dim() - 2))
+
+        return Cond(tokens=shared(self.tokens), pooled=None if self.pooled is None else shared(self.pooled),
+                    extra={name: own(x) for name, x in self.extra.items()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch(_Movable):
+    """Groups of candidates for one prompt each.
+
+    x0: [B, K, *S] float32, latents scaled to unit variance. utility: [B, K] float32, higher is better; (1, 0) for a plain
+    pair, equal values for a tie. valid: [B, K] bool. key: [B, 2] int64 (row id, visit), the identity that seeds all noise.
+    soft: [B] float32 or None, the probability that the best candidate is truly preferred (soft labels).
+    """
+
+    x0: Tensor
+    cond: Cond
+    utility: Tensor
+    valid: Tensor
+    key: Tensor
+    soft: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        return self.x0.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.x0.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noised(_Movable):
+    """Noisy candidates: ``xt = alpha * x0 + sigma * noise``. x0, xt, noise: [N, *S]; t, alpha, sigma, log_snr: [N] float32."""
+
+    x0: Tensor
+    xt: Tensor
+    noise: Tensor
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    log_snr: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """Log-likelihood surrogates in nats per latent element (a mean, not a sum: ``-1/2 * weight * error``).
+
+    policy: [B, K] float32 with grad. reference: the same under the reference set, or None. error: [B, K] float32 with grad,
+    mean squared error per element in the model's native space, before weighting. reference_error: the same, or None.
+    t: [B, K] float32, time used (mean over draws).
+    """
+
+    policy: Tensor
+    reference: Tensor | None
+    error: Tensor
+    reference_error: Tensor | None
+    t: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """[B, K]: ``policy - reference``, or ``policy`` when reference-free."""
+        return self.policy if self.reference is None else self.policy - self.reference
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """per_group: [B] float32 with grad, summed over the group's pairs, 0 where no pair is valid.
+
+    metrics: detached values of any length; the loop averages each once over the whole step and skips NaN entries.
+    observed: name -> (sum, count), statistics offered to ``Memory``.
+    """
+
+    per_group: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    observed: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def from_rows(cls, rows: Tensor, group: Tensor, batch: Batch, **metrics: Tensor) -> Loss:
+        """rows: [P] losses of the pairs; group: [P] index of each pair's group."""
+        total = rows.new_zeros(batch.groups).index_add(0, group, rows)
+        return cls(per_group=total, metrics={name: value.detach() for name, value in metrics.items()})
+
+
+class Memory:
+    """Named running means that a method reads (last step's value) and offers to (this step's sum and count).
+
+    Updated once a step from global sums, so independent of micro-batching and world size, with a lag of one step.
+    """
+
+    def __init__(self, decay: float = 0.99):
+        self.decay, self.values = decay, {}
+
+    def read(self, name: str, default: float = 0.0) -> float:
+        return self.values.get(name, default)
+
+    def update(self, observed: dict[str, tuple[float, float]]) -> None:
+        """observed: name -> (global sum, global count)."""
+        for name, (total, count) in observed.items():
+            if count > 0:
+                old = self.values.get(name, total / count)
+                self.values[name] = self.decay * old + (1 - self.decay) * total / count

@@ -1,0 +1,129 @@
+"""Recipes: what is accepted, what is refused, and in which words."""
+
+import dataclasses
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffalign.config import Recipe, as_tree, build_recipe, dump, load_recipe, parse_yaml
+from diffalign.errors import ConfigError, UserError
+
+RECIPE = """
+output_dir: runs/x
+model: {pretrained_model_name_or_path: assets/tiny-sdxl, lora: {rank: 8}}
+data: {path: pairs.parquet}
+objective: {kind: dpo, beta: 2000, link: {kind: logistic, smoothing: 0.1}}
+train: {learning_rate: 1e-5, max_train_steps: 10}
+evaluate: {prompts: prompts.txt}
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+def refusal(path, *overrides) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_component_is_its_own_config(path):
+    recipe = load_recipe(path, ["objective.beta=5e3", "model.lora=null"])
+    assert recipe.objective.beta == 5000 and recipe.objective.link.smoothing == 0.1
+    assert recipe.model.lora is None and recipe.train.learning_rate == 1e-5
+
+
+def test_a_written_tree_reads_back(path):
+    for override in ("objective.link.kind=logistic", "objective={kind: mapo}", "objective={kind: sft}", "model.lora=null",
+                     "objective={kind: anchored, weight: 0.5, objective: {kind: dpo, beta: 10}}",
+                     "likelihood={weighting: {kind: elbo}, times: {kind: discrete, timesteps: [249, 499]}, draws: 2}"):
+        recipe = load_recipe(path, [override])
+        assert build_recipe(parse_yaml(dump(recipe), "dump")) == recipe
+
+
+@pytest.mark.parametrize("override, words", [
+    ("objective.beta=-1", "objective.beta: must be above 0, got -1"),
+    ("objective.beta=0", "objective.beta: must be above 0"),
+    ("objective.link.smothing=0.1", 'objective.link.smothing: unknown option for Logistic. Did you mean "smoothing"?'),
+    ("objective.kind=dbo", 'objective.kind: no objective called \'dbo\'. Did you mean "dpo"?'),
+    ("train.learnin_rate=1", 'train.learnin_rate: unknown option for TrainSpec. Did you mean "learning_rate"?'),
+    ("train.learning_rate='1e-5'", "train.learning_rate: expected float, got the text"),
+    ("train.max_train_steps=1.5", "train.max_train_steps: "),
+    ("train.max_train_steps=true", "train.max_train_steps: expected int"),
+    ("train.cpu=on", "train.cpu: expected bool"),
+    ("train.max_train_steps=0", "train.max_train_steps: must be at least 1"),
+    ("seed=12:30", "seed: "), ("seed=0o17", "seed: "),
+    ("train.learning_rate=.nan", "train.learning_rate: "), ("train.learning_rate=.inf", "train.learning_rate: "),
+    ("train.mixed_precision=bf32", "train.mixed_precision: "),
+    ("data.ties=keep", "data.ties: "),
+    ("objective=3", "objective: expected a kind"),
+    ("nonsense", "'nonsense': an override is key=value"),
+    ("data.path.x=1", "data.path: "),
+    ("objective.link.smoothing=0.7", "objective.link.smoothing: must be at least 0 and below 0.5"),
+    ("output_dr=runs/y", 'output_dr: unknown option for Recipe. Did you mean "output_dir"?'),
+])
+def test_refusals_name_the_path(path, override, words):
+    assert words in refusal(path, override)
+
+
+def test_options_that_do_not_fit_together(path):
+    assert refusal(path, "data.layout=unpaired").startswith("data.layout:")
+    assert refusal(path, "data.ties=soft", "objective.link=hinge").startswith("data.ties:")
+
+
+def test_missing_options_and_files(path, tmp_path):
+    path.write_text("output_dir: x\n")
+    assert refusal(path) == "model: is missing"
+    assert 'Did you mean' in refusal(tmp_path / "recipes.yaml")
+    assert "no such recipe" in refusal(tmp_path / "nothing_like_it")
+
+
+@pytest.mark.parametrize("text", [
+    "a: &x 1\nb: *x\n", "a: 1\na: 2\n", "!!python/object/apply:os.system ['true']\n", "- 1\n- 2\n", "a: [\n", "\x00", "",
+    "a: " + "[" * 5000, "? [1, 2]\n: 3\n", "<<: {a: 1}\n", "a: !!binary zzz\n",
+    "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n", "x" * 2_000_000,
+])
+def test_hostile_yaml_is_refused(path, text):
+    path.write_text(text)
+    refusal(path)
+
+
+def test_typos_find_their_key(path):
+    """One-edit typos of every option of every section: the right suggestion in at least 95 %."""
+    rng, right, total = random.Random(0), 0, 0
+    for section, cls in (("train", "TrainSpec"), ("data", "DataSpec"), ("model", "ModelSpec"), ("evaluate", "EvaluateSpec")):
+        spec = type(getattr(load_recipe(path), section))
+        assert spec.__name__ == cls
+        names = [f.name for f in dataclasses.fields(spec) if len(f.name) > 3]
+        for name in names:
+            i = rng.randrange(len(name))
+            typo = rng.choice([name[:i] + name[i + 1:], name[:i] + "q" + name[i:], name[:i] + "q" + name[i + 1:]])
+            if typo in names:
+                continue
+            total += 1
+            right += f'Did you mean "{name}"?' in refusal(path, f"{section}.{typo}=1")
+    assert total > 50 and right / total >= 0.95
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_mutated_recipes_never_trace(data):
+    """A recipe or one line; nothing else."""
+    text = data.draw(st.sampled_from([RECIPE]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        i = data.draw(st.integers(0, len(text)))
+        piece = data.draw(st.one_of(st.text(max_size=3), st.sampled_from(["{", "}", "[", ":", "- ", "\n", "null", "1e999", "~", "!!", "&a", "*a"])))
+        text = text[:i] + piece + text[i + data.draw(st.integers(0, 3)):]
+    try:
+        tree = parse_yaml(text, "mutant")
+        assert isinstance(build_recipe(tree) if isinstance(tree, dict) else None, Recipe | None)
+    except UserError as error:
+        assert str(error)
