@@ -10,13 +10,13 @@ class EvaluateSpec:
     """Base beside aligned, same prompts, same seeds, judged by a reward.
 
     prompts: text file, one prompt a line. judge: name of a reward (``diffalign.rewards``); null draws pictures only.
-    seeds: pictures per prompt and model; the interval is a bootstrap over prompts. grid_prompts: rows of grid.png.
+    seeds: pictures per prompt and model; seed: null takes the run's; the interval is a bootstrap over prompts. grid_prompts: rows of grid.png.
     """
 
     prompts: str
     judge: str | None = None
     seeds: int = 1
-    seed: int = 0
+    seed: int | None = None
     num_inference_steps: int = 30
     guidance_scale: float = 5.0
     negative_prompt: str | None = None

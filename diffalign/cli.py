@@ -1,0 +1,67 @@
+"""The command line: ``diffalign train|encode|check|evaluate|grid CONFIG [key=value ...]``.
+
+User errors print one line and exit with 2; a run stopped by a signal saves and exits with 75; tracebacks are our bugs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import UserError
+
+_COMMANDS = {
+    "train": "align the model; run the same command again to resume",
+    "encode": "build the cache of latents and text embeddings, and stop",
+    "check": "look at data and options before the machine gets warm: counts, ties, leakage, derived numbers, sample pairs",
+    "evaluate": "compare base and aligned model on the same prompts and seeds: win rate with interval, report, grid",
+    "grid": "draw the comparison grid only",
+}
+
+_EPILOG = """\
+CONFIG is a recipe (YAML); key=value overrides any option by its path, for example
+  diffalign train configs/sdxl/dpo_lora.yaml output_dir=runs/mine objective.beta=2000 train.learning_rate=2e-5
+Several GPUs: accelerate launch -m diffalign train CONFIG ...
+Recipes to start from lie in configs/."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="diffalign", description="Preference alignment for diffusion models.", epilog=_EPILOG,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=_EPILOG,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.add_argument("config", metavar="CONFIG", help="a recipe, such as configs/quickstart.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="options by path, such as train.learning_rate=1e-5")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 for something the user can mend, 75 stopped by a signal and ready to resume."""
+    args = _parser().parse_args(argv)
+    try:
+        from . import run  # here, so that --help needs no torch
+        from .config import load_recipe
+        command = getattr(run, args.command)
+        return int(command(load_recipe(args.config, args.overrides), printer=print) or 0)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"diffalign: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("diffalign: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left; say nothing more
+        return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
