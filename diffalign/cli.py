@@ -42,14 +42,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _quiet_libraries() -> None:
+    """Bars and notices of loading belong to the libraries' own users. Whoever sets these variables keeps the last word."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from . import _compat  # noqa: F401  (before diffusers)
+    from diffusers.utils import logging as diffusers_logging  # isort: skip
+    from transformers.utils import logging as transformers_logging  # isort: skip
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 for something the user can mend, 75 stopped by a signal and ready to resume."""
     args = _parser().parse_args(argv)
     try:
+        _quiet_libraries()
         from . import run  # here, so that --help needs no torch
         from .config import load_recipe
-        command = getattr(run, args.command)
-        return int(command(load_recipe(args.config, args.overrides), printer=print) or 0)
+        getattr(run, args.command)(load_recipe(args.config, args.overrides), printer=print)
+        return 0
     except UserError as error:
         if args.debug:
             raise

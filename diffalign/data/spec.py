@@ -10,13 +10,18 @@ from typing import Literal
 class DataSpec:
     """Preference data and how it becomes latents.
 
-    path: parquet/JSONL file, folder, or hub data set id. layout: "auto" detects it from the columns.
+    path: parquet, CSV, JSON or JSONL file, folder, or hub data set id. layout: "auto" detects it from the columns.
+    image_root: folder that paths inside the data set are relative to; null is the data file's own. No path may leave it.
+    streaming: read a hub data set without storing it (local files are always streamed). max_train_samples: groups taken
+    from the front, counted after ties are dropped and before validation_share is set apart.
     ties: drop them, keep them as soft labels, or refuse the data set. bad_rows: stop at the first corrupt row, or skip it
-    (skipped rows are named and counted). resolution: pixels of a square picture's side; null takes the model's own.
-    aspect_ratio_buckets: crop every group to the nearest of some shapes of equal area, never stretch.
-    caption_dropout: share of (row, visit) whose prompt becomes the unconditional one. validation: a second data set of the
-    same layout for held-out preference accuracy, or validation_share of the prompts. cache_dir: where latents and text
-    embeddings are kept; null puts them beside output_dir. heldout_prompts: text file; ``check`` reports leakage into it.
+    (skipped rows are named and counted). max_pixels: larger pictures are bad rows, known from their header.
+    resolution: pixels of a square picture's side; null takes the model's own. aspect_ratio_buckets: crop every group to the
+    nearest of some shapes of equal area, never stretch. center_crop: false crops each picture at a place drawn once.
+    random_flip: mirrors whole groups, per visit. caption_dropout: share of (row, visit) whose prompt becomes the
+    unconditional one. validation: a second data set of the same layout for held-out preference accuracy (validation_split:
+    its split, null the same as ``split``), or validation_share of the prompts. cache_dir: where latents and text embeddings
+    are kept; null puts them beside output_dir. heldout_prompts: text file; ``check`` reports leakage into it.
     """
 
     path: str
@@ -36,6 +41,7 @@ class DataSpec:
     random_flip: bool = False
     caption_dropout: float = 0.0
     validation: str | None = None
+    validation_split: str | None = None
     validation_share: float = 0.0
     heldout_prompts: str | None = None
     cache_dir: str | None = None
@@ -46,5 +52,10 @@ class DataSpec:
         for name in ("caption_dropout", "validation_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("max_train_samples", "max_pixels", "encode_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.validation is not None and self.validation_share:
+            raise ValueError("give validation (a second data set) or validation_share, not both")
         if self.resolution is not None and self.resolution < 8:
             raise ValueError(f"resolution is in pixels and must be at least 8, got {self.resolution}")

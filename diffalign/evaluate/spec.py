@@ -10,7 +10,8 @@ class EvaluateSpec:
     """Base beside aligned, same prompts, same seeds, judged by a reward.
 
     prompts: text file, one prompt a line. judge: name of a reward (``diffalign.rewards``); null draws pictures only.
-    seeds: pictures per prompt and model; seed: null takes the run's; the interval is a bootstrap over prompts. grid_prompts: rows of grid.png.
+    seeds: pictures per prompt and model; the interval is a bootstrap over prompts. seed: null takes the run's.
+    grid_prompts: rows of grid.png, drawn at random.
     """
 
     prompts: str

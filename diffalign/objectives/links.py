@@ -25,6 +25,7 @@ class Logistic:
     """
 
     smoothing: float = 0.0
+    title = "Diffusion-DPO"
 
     def __post_init__(self):
         _probability("smoothing", self.smoothing)
@@ -38,6 +39,7 @@ class Robust:
     """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409): unbiased under labels flipped at rate ``flip``."""
 
     flip: float = 0.1
+    title = "Robust Diffusion-DPO"
 
     def __post_init__(self):
         _probability("flip", self.flip)
@@ -51,6 +53,8 @@ class Robust:
 class Squared:
     """(margin - 1/(2 beta))^2: IPO (Azar et al. 2023, arXiv 2310.12036, Eq. 17)."""
 
+    title = "Diffusion-IPO"
+
     def __call__(self, margin: Tensor, beta: float) -> Tensor:
         return (margin - 1 / (2 * beta)) ** 2
 
@@ -58,6 +62,8 @@ class Squared:
 @dataclass(frozen=True)
 class Hinge:
     """max(0, 1 - beta * margin): SLiC (Zhao et al. 2023, arXiv 2305.10425)."""
+
+    title = "Diffusion-SLiC"
 
     def __call__(self, margin: Tensor, beta: float) -> Tensor:
         return F.relu(1 - beta * margin)

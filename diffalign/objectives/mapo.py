@@ -34,6 +34,7 @@ class MaPO:
     horizon: float = 1000.0
     snr: float = 0.5
     pairs: Pairs = BestWorst()
+    title = "MaPO"
     reference_free = True
     min_k = 2
 
@@ -59,6 +60,7 @@ class MaPOAAAI:
 
     beta: float = 8.0
     pairs: Pairs = BestWorst()
+    title = "MaPO (AAAI variant)"
     reference_free = True
     min_k = 2
 

@@ -20,16 +20,14 @@ class BestWorst:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         best = batch.utility.masked_fill(~batch.valid, -torch.inf).max(1)
         worst = batch.utility.masked_fill(~batch.valid, torch.inf).min(1)
-        keep = (best.values > worst.values) & (batch.valid.sum(1) >= 2)
-        if batch.soft is not None:  # a soft tie is a pair too: 0 against 1, with probability one half
-            tie = (batch.valid.sum(1) >= 2) & ~keep
-            first, last = torch.zeros_like(best.indices), torch.full_like(worst.indices, batch.k - 1)
-            best_i, worst_i = torch.where(tie, first, best.indices), torch.where(tie, last, worst.indices)
-            keep = keep | tie
-        else:
-            best_i, worst_i = best.indices, worst.indices
-        group = keep.nonzero().squeeze(1)
-        return group, best_i[group], worst_i[group]
+        several, differ = batch.valid.sum(1) >= 2, best.values > worst.values
+        winner, loser = best.indices, worst.indices
+        if batch.soft is not None:  # a soft tie is a pair too: the first against the last, with probability one half
+            first, last = batch.valid.int().argmax(1), batch.k - 1 - batch.valid.flip(1).int().argmax(1)
+            winner, loser = torch.where(differ, winner, first), torch.where(differ, loser, last)
+            differ = torch.ones_like(differ)
+        group = (several & differ).nonzero().squeeze(1)
+        return group, winner[group], loser[group]
 
 
 @dataclass(frozen=True)

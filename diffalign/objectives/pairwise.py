@@ -30,6 +30,11 @@ class Pairwise:
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, got {self.beta}")
 
+    @property
+    def title(self) -> str:
+        """The method's name in reports."""
+        return self.link.title
+
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
         b, w, l = self.pairs(batch)
         ratio = est.log_ratio

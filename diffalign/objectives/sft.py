@@ -23,6 +23,7 @@ def winners(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 class SFT:
     """The winner's mean squared denoising error (the card's ell^w), weight 1."""
 
+    title = "SFT on winners"
     reference_free = True
     min_k = 1
 
@@ -41,6 +42,10 @@ class Anchored:
     def __post_init__(self):
         if self.weight < 0:
             raise ValueError(f"weight must be at least 0, got {self.weight}")
+
+    @property
+    def title(self) -> str:
+        return f"{self.objective.title} with SFT anchor"
 
     @property
     def reference_free(self) -> bool:

@@ -1,0 +1,467 @@
+"""Rows of any known layout -> one schema. Reads local files and hub data sets, one row at a time, never decoding a picture.
+
+Layouts (``prompt`` may also be called ``caption`` or ``text``):
+  pickapic         jpg_0, jpg_1, label_0[, label_1], caption     label_0 = P(jpg_0 preferred): 0, 0.5 (tie), 1 or between
+  chosen_rejected  prompt, chosen, rejected
+  scored           prompt, images, scores (higher is better) or ranks (1 is best)
+  unpaired         prompt, image, label                          1/true liked, 0/-1/false not
+A picture is its bytes, {"bytes", "path"}, or a path inside the data set's folder; column names may end in ``_file_name``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .. import rng
+from ..errors import DataError
+from .images import MAX_BYTES
+from .spec import DataSpec
+
+PROMPTS = ("prompt", "caption", "text")
+NAMED = 1000  # bad rows kept by name; beyond it they are only counted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRef:
+    """A picture not yet read. data: its bytes, or path: a file inside ``root``. where: the row, for messages."""
+
+    data: bytes | None = None
+    path: Path | None = None
+    where: str
+
+    def read(self) -> bytes:
+        """Raises DataError naming the row when the file is missing or unreadable."""
+        if self.data is not None:
+            return self.data
+        try:
+            if self.path.stat().st_size > MAX_BYTES:
+                raise DataError(f"{self.where}: {self.path.name} is larger than 1 GiB, which is no picture")
+            return self.path.read_bytes()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.where}: cannot read {self.path} ({_reason(error)})") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One group. id: the row's number in its data set, whatever was dropped before it. utility: one float32-exact number per
+    image, higher is better. soft: probability that the best is truly preferred, or None for a hard label."""
+
+    id: int
+    prompt: str
+    images: tuple[ImageRef, ...]
+    utility: tuple[float, ...]
+    soft: float | None
+    where: str
+
+    @property
+    def tie(self) -> bool:
+        return len(self.utility) > 1 and min(self.utility) == max(self.utility)
+
+
+@dataclass
+class Tally:
+    """What was read and what was left out. bad: one message per bad row, at most 1000; bad_rows: how many in all."""
+
+    layout: str = ""
+    rows: int = 0
+    ties: int = 0
+    unlabelled: int = 0
+    bad_rows: int = 0
+    bad: list[str] = field(default_factory=list)
+
+    def skip(self, message: str) -> None:
+        self.bad_rows += 1
+        if len(self.bad) < NAMED:
+            self.bad.append(message)
+
+
+def has_validation(spec: DataSpec) -> bool:
+    return spec.validation is not None or spec.validation_share > 0
+
+
+def read_rows(spec: DataSpec, tally: Tally, *, part: str = "train", seed: int = 0) -> Iterator[Row]:
+    """Rows of ``part`` ("train" or "validation") in file order, ties treated as ``spec.ties`` says.
+
+    Raises DataError: unreadable or empty data set, no preference column, a bad row or a tie where those are refused.
+    """
+    kept = 0
+    for row in _labelled(spec, tally, part):
+        if row.tie and not _keep_tie(spec, tally, row):
+            continue
+        kept += 1
+        if spec.validation is not None or _held_out(row.prompt, spec, seed) == (part == "validation"):
+            yield row
+        if kept == spec.max_train_samples and not (spec.validation and part == "validation"):
+            return
+
+
+def refuse_or_skip(spec: DataSpec, tally: Tally, error: DataError) -> None:
+    """A bad row: counted and named when skipped, else the error with what to do about it."""
+    if spec.bad_rows == "refuse":
+        raise DataError(f"{error}. Mend the row, or set data.bad_rows=skip to leave such rows out") from None
+    tally.skip(str(error))
+
+
+def normalised(prompt: str) -> str:
+    """For comparing prompts only, never for training: Unicode NFKC, lower case, single spaces, no final full stop."""
+    return " ".join(unicodedata.normalize("NFKC", prompt).lower().split()).rstrip(" .")
+
+
+def nothing_left(spec: DataSpec, tally: Tally, part: str) -> DataError:
+    """Why no group is left, for a data set that is not empty."""
+    path = source_path(spec, part)[0]
+    if tally.rows == 0:
+        return DataError(f"{path}: the data set is empty")
+    if tally.ties == tally.rows:
+        return DataError(f"{path}: all {tally.rows} rows are ties, so nothing says which picture is better; "
+                         "data.ties=soft keeps them as soft labels")
+    return DataError(f"{path}: no {part} group is left of {tally.rows} rows: {tally.ties} ties, {tally.bad_rows} bad, "
+                     f"{tally.unlabelled} without a label" + (f"; first: {tally.bad[0]}" if tally.bad else ""))
+
+
+def _labelled(spec: DataSpec, tally: Tally, part: str) -> Iterator[Row]:
+    """Every well-formed row, ties included; bad ones refused or skipped."""
+    layout = None
+    for number, where, root, record in _records(spec, part):
+        tally.rows += 1
+        try:
+            if isinstance(record, DataError):
+                raise record
+            columns = _canonical(record)
+            layout = layout or _layout(spec, columns, record, part)
+            tally.layout = layout
+            if columns.get("has_label") is False:
+                tally.unlabelled += 1
+                continue
+            row = _row(number, where, root, columns, layout)
+        except _LayoutError:
+            raise
+        except DataError as error:
+            refuse_or_skip(spec, tally, error)
+            continue
+        yield row
+    if tally.rows == 0:
+        raise nothing_left(spec, tally, part)
+
+
+def _keep_tie(spec: DataSpec, tally: Tally, row: Row) -> bool:
+    tally.ties += 1
+    if spec.ties == "refuse":
+        raise DataError(f"{row.where}: a tie, and data.ties=refuse. Remove it, or set data.ties to drop or soft")
+    return spec.ties == "soft"
+
+
+def _held_out(prompt: str, spec: DataSpec, seed: int) -> bool:
+    """Split by prompt, never by row: near-identical prompts fall on the same side."""
+    if not spec.validation_share:
+        return False
+    number = int.from_bytes(hashlib.sha256(normalised(prompt).encode()).digest()[:7], "big")
+    return rng.generator(seed, "validation", number).random() < spec.validation_share
+
+
+# One row, by layout. Each reader: (columns, picture) -> images, utility, soft; raises _Field for a bad value.
+
+
+class _LayoutError(DataError):
+    """The data set as a whole cannot be read; never skipped."""
+
+
+class _Field(Exception):
+    """A value that cannot be used: (column, what is wrong)."""
+
+
+def _row(number: int, where: str, root: Path | None, columns: dict, layout: str) -> Row:
+    def picture(value, column: str) -> ImageRef:
+        return _image(value, column, root, where)
+
+    try:
+        images, utility, soft = LAYOUTS[layout].read(columns, picture)
+        utility = _float32(utility)
+        if not all(map(math.isfinite, utility)):
+            raise _Field("scores", "a score is too large for float32")
+        prompt = _prompt(columns)
+    except _Field as error:
+        raise DataError(f"{where}: {error.args[0]}: {error.args[1]}") from None
+    tied = len(utility) > 1 and min(utility) == max(utility)
+    return Row(id=number, prompt=prompt, images=tuple(images), utility=utility, soft=0.5 if tied else soft, where=where)
+
+
+def _float32(values: Iterable[float]) -> tuple[float, ...]:
+    """As the batch will hold them, so that what is a tie there is one here."""
+    with np.errstate(over="ignore"):
+        return tuple(float(np.float32(value)) for value in values)
+
+
+def _pickapic(columns: dict, picture: Callable) -> tuple[list, tuple, float | None]:
+    first = _probability(columns, "label_0")
+    if columns.get("label_1") is not None and abs(first + _probability(columns, "label_1") - 1) > 1e-3:
+        raise _Field("label_1", f"label_0 + label_1 must be 1, got {first:g} + {columns['label_1']}")
+    images = [picture(_get(columns, name), name) for name in ("jpg_0", "jpg_1")]
+    utility = (1.0, 0.0) if first > 0.5 else (0.0, 1.0) if first < 0.5 else (0.5, 0.5)
+    return images, utility, None if first in (0, 1) else max(first, 1 - first)
+
+
+def _chosen_rejected(columns: dict, picture: Callable) -> tuple[list, tuple, None]:
+    return [picture(_get(columns, name), name) for name in ("chosen", "rejected")], (1.0, 0.0), None
+
+
+def _scored(columns: dict, picture: Callable) -> tuple[list, list, None]:
+    images = _list(columns, "images")
+    ranks = columns.get("scores") is None
+    name = "ranks" if ranks else "scores"
+    utility = [_number(value, name) * (-1 if ranks else 1) for value in _list(columns, name)]
+    if len(images) != len(utility) or len(images) < 2:
+        raise _Field(name, f"two or more pictures and as many {name} are needed, got {len(images)} and {len(utility)}")
+    return [picture(image, "images") for image in images], utility, None
+
+
+def _unpaired(columns: dict, picture: Callable) -> tuple[list, tuple, None]:
+    label = _number(_get(columns, "label"), "label")
+    if label not in (-1, 0, 1):
+        raise _Field("label", f"must be 1 (liked) or 0 or -1 (not liked), got {label:g}")
+    return [picture(_get(columns, "image"), "image")], (1.0 if label > 0 else -1.0,), None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """needs: the columns that tell it; the last may be called by any of the names in a tuple."""
+
+    needs: tuple[str | tuple[str, ...], ...]
+    read: Callable
+
+    def fits(self, columns: Iterable[str]) -> bool:
+        return all(any(name in columns for name in ((need,) if isinstance(need, str) else need)) for need in self.needs)
+
+    def __str__(self) -> str:
+        return ", ".join(need if isinstance(need, str) else " or ".join(need) for need in self.needs)
+
+
+LAYOUTS = {
+    "pickapic": _Layout(("jpg_0", "jpg_1", "label_0", PROMPTS), _pickapic),
+    "chosen_rejected": _Layout(("chosen", "rejected", PROMPTS), _chosen_rejected),
+    "scored": _Layout(("images", ("scores", "ranks"), PROMPTS), _scored),
+    "unpaired": _Layout(("image", "label", PROMPTS), _unpaired),
+}
+
+
+def _layout(spec: DataSpec, columns: dict, record: dict, part: str) -> str:
+    wanted = LAYOUTS if spec.layout == "auto" else {spec.layout: LAYOUTS[spec.layout]}
+    for name, layout in wanted.items():
+        if layout.fits(columns):
+            return name
+    known = "; ".join(f"{name} ({layout})" for name, layout in wanted.items())
+    lacks = ("no preference column found" if spec.layout == "auto"
+             else f"the columns are not those of data.layout={spec.layout}")
+    found = ", ".join(str(name)[:40] for name in list(record)[:30])
+    raise _LayoutError(f"{source_path(spec, part)[0]}: {lacks}. Its columns: {found}. Needed: {known}")
+
+
+def _canonical(record: dict) -> dict:
+    """Column names without imagefolder's ``_file_name`` ending."""
+    return {re.sub(r"_file_names?$", "", {"file_name": "image", "file_names": "images"}.get(name, name)): value
+            for name, value in record.items()}
+
+
+def _get(columns: dict, name: str):
+    if columns.get(name) is None:
+        raise _Field(name, "missing or empty")
+    return columns[name]
+
+
+def _list(columns: dict, name: str) -> list:
+    value = _get(columns, name)
+    if not isinstance(value, (list, tuple)):
+        raise _Field(name, f"a list is needed, got {type(value).__name__}")
+    return list(value)
+
+
+def _number(value, name: str) -> float:
+    """Numbers, booleans and text that reads as a number (webdataset labels arrive as text)."""
+    try:
+        if isinstance(value, (bool, int, float, str)) and math.isfinite(number := float(value)):
+            return number
+    except (ValueError, OverflowError):
+        pass
+    raise _Field(name, f"a finite number is needed, got {str(value)[:40]!r}")
+
+
+def _probability(columns: dict, name: str) -> float:
+    value = _number(_get(columns, name), name)
+    if not 0 <= value <= 1:
+        raise _Field(name, f"must be 0, 0.5 (tie), 1 or a probability between, got {value:g}")
+    return value
+
+
+def _prompt(columns: dict) -> str:
+    name = next((name for name in PROMPTS if columns.get(name) is not None), None)
+    if name is None:
+        raise _Field("prompt", "missing or empty")
+    value = columns[name]
+    if not isinstance(value, str):
+        raise _Field(name, f"text is needed, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _Field(name, "no valid Unicode text") from None
+    return value
+
+
+def _image(value, column: str, root: Path | None, where: str) -> ImageRef:
+    where = f"{where}, {column}"
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, (bytes, bytearray)):
+        return ImageRef(data=bytes(value), where=where)
+    if isinstance(value, str) and value:
+        return ImageRef(path=_inside(value, root, column), where=f"{where} ({value[:200]})")
+    raise _Field(column, f"a picture is bytes or a path, got {type(value).__name__}")
+
+
+def _inside(name: str, root: Path | None, column: str) -> Path:
+    """The file ``name`` below ``root``. Nothing outside is ever read: no .., no absolute path elsewhere, no link out."""
+    if re.match(r"[a-z0-9+]+://", name, re.IGNORECASE):
+        raise _Field(column, f"pictures are not downloaded from addresses: {name[:80]}")
+    if root is None:
+        raise _Field(column, "the data set holds paths; say with data.image_root which folder they are in")
+    parts = name.replace("\\", "/").split("/")
+    try:
+        path = (root / name).resolve()
+        outside = ".." in parts or "\0" in name or re.match(r"[A-Za-z]:", name) or not path.is_relative_to(root)
+    except (OSError, ValueError, RuntimeError):  # names too long, embedded zeros, loops of links
+        outside = True
+    if outside:
+        raise _Field(column, f"the path {name[:80]!r} leaves the data set's folder")
+    return path
+
+
+# Where records come from: (number, where, root of its paths, record or the reason why it is none).
+
+
+def source_path(spec: DataSpec, part: str) -> tuple[str, str]:
+    """Where a part is read from: (file, folder or hub id, split)."""
+    if part == "validation" and spec.validation is not None:
+        return spec.validation, spec.validation_split or spec.split
+    return spec.path, spec.split
+
+
+def _records(spec: DataSpec, part: str) -> Iterator[tuple[int, str, Path | None, dict | DataError]]:
+    path, split = source_path(spec, part)
+    table = _table(Path(path), split)
+    root = Path(spec.image_root) if spec.image_root else table.parent if table else Path(path) if Path(path).is_dir() else None
+    if root is not None and not root.is_dir():
+        raise DataError(f"data.image_root: {root} is no folder")
+    root = None if root is None else root.resolve()
+    if table is not None and table.suffix in (".jsonl", ".ndjson", ".json"):
+        records = _json_lines(table) if table.suffix != ".json" else _json_list(table)
+    else:
+        records = _library(path, table, split, spec)
+    for number, (where, record) in enumerate(records):
+        yield number, where, root, record
+
+
+def _table(path: Path, split: str) -> Path | None:
+    """The one local file to read, or None when the folder or hub id is for ``datasets`` to resolve."""
+    try:
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            return None
+        for folder in (path / split, path):
+            if (folder / "metadata.jsonl").is_file():
+                return folder / "metadata.jsonl"
+        found = [p for p in sorted(path.iterdir()) if p.suffix in (".jsonl", ".ndjson")]
+        named = [p for p in found if p.stem == split] or (found if len(found) == 1 else [])
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({_reason(error)})") from None
+    return named[0] if named else None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict | DataError]]:
+    """By hand and not through ``datasets``, whose reader cannot say which line is broken."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    where = f"{path.name} line {number}"
+                    yield where, _json(line, where)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({_reason(error)})") from None
+
+
+def _json(line: bytes, where: str) -> dict | DataError:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return DataError(f"{where}: no JSON object ({_reason(error)})")
+    return record if isinstance(record, dict) else DataError(f"{where}: a JSON object is needed, got {type(record).__name__}")
+
+
+def _json_list(path: Path) -> Iterator[tuple[str, dict | DataError]]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise DataError(f"{path}: no JSON file ({_reason(error)})") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: a list of rows is needed, got {type(rows).__name__}")
+    for number, row in enumerate(rows):
+        where = f"{path.name} row {number}"
+        yield where, row if isinstance(row, dict) else DataError(f"{where}: an object is needed, got {type(row).__name__}")
+
+
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+
+
+def _library(path: str, table: Path | None, split: str, spec: DataSpec) -> Iterator[tuple[str, dict]]:
+    """Parquet, Arrow, CSV, saved data sets and the hub through ``datasets``, pictures undecoded."""
+    name = table.name if table else f"{path} ({split})"
+    rows = iter(_guarded(path, lambda: _open_library(path, table, split, spec)))
+    number = 0
+    while (record := _guarded(f"{name} near row {number}", lambda: next(rows, None))) is not None:
+        yield f"{name} row {number}", record
+        number += 1
+
+
+def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
+    import datasets
+
+    folder = Path(path)
+    if table is not None:
+        if table.suffix not in BUILDERS:
+            raise DataError(f"{path}: unknown kind of file; parquet, arrow, csv, json and jsonl are read")
+        return datasets.load_dataset(BUILDERS[table.suffix], data_files=str(table), split="train",
+                                     streaming=True).decode(False)
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(path)
+        saved = saved[split] if isinstance(saved, dict) else saved
+        return saved.to_iterable_dataset().decode(False)
+    if folder.is_dir():
+        return datasets.load_dataset(path, name=spec.name, split=split, streaming=True).decode(False)
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) or folder.suffix in (*BUILDERS, ".jsonl", ".json"):
+        raise DataError(f"{path}: no such file or folder")
+    found = datasets.load_dataset(path, name=spec.name, split=split, revision=spec.revision, streaming=spec.streaming)
+    return (found if spec.streaming else found.to_iterable_dataset()).decode(False)
+
+
+def _guarded(where: str, call: Callable):
+    """``datasets`` and what lies below it raise dozens of types for a file or address that is wrong; all are one sentence."""
+    try:
+        return call()
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{where}: cannot be read as a data set ({_reason(error)})") from None
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    text = str(cause.strerror if isinstance(cause, OSError) and cause.strerror else cause)
+    return (text.splitlines() or [type(cause).__name__])[0][:300] or type(cause).__name__

@@ -1,0 +1,76 @@
+"""The data order: a pure function of (seed, step). Nothing to save, nothing to skip on resume.
+
+Every step takes exactly G groups of one bucket. A bucket is an endless stream of keyed permutations of its rows (visit e is
+the e-th permutation), read on from where the bucket's last step ended, so there is no remainder and no row comes twice in
+a visit. The bucket of a step is the one furthest behind its share of the rows. Processes and micro-batches only cut the
+step's list into consecutive pieces: the order depends on neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .. import rng
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What one step reads. bucket: index; rows: [G] int64, positions inside the bucket; visits: [G] int64."""
+
+    bucket: int
+    rows: np.ndarray
+    visits: np.ndarray
+
+    def part(self, rank: int, world: int) -> Place:
+        """This process's consecutive share."""
+        size = len(self.rows) // world
+        return self._cut(rank * size, size)
+
+    def micro_batches(self, count: int) -> list[Place]:
+        """``count`` consecutive pieces of equal size."""
+        size = len(self.rows) // count
+        return [self._cut(i * size, size) for i in range(count)]
+
+    def _cut(self, start: int, size: int) -> Place:
+        return Place(self.bucket, self.rows[start:start + size], self.visits[start:start + size])
+
+
+class Order:
+    """sizes: rows in each bucket. groups_per_step: G = train_batch_size * gradient_accumulation_steps * world."""
+
+    def __init__(self, sizes: Sequence[int], *, seed: int, groups_per_step: int):
+        if not sum(sizes):
+            raise ValueError("the order of an empty data set")
+        self.sizes, self.seed, self.groups_per_step = [int(n) for n in sizes], seed, groups_per_step
+        self._taken = [0] * len(self.sizes)  # steps each bucket got among the first len(self._steps)
+        self._steps: list[tuple[int, int]] = []  # (bucket, how many steps that bucket had before); a memo, not a state
+        self._permutation = lru_cache(maxsize=2 * len(self.sizes) + 2)(self._permutation)
+
+    def at(self, step: int) -> Place:
+        """The groups of one step, all of one bucket; any step may be asked for at any time."""
+        bucket, before = self._bucket(step)
+        n = self.sizes[bucket]
+        position = before * self.groups_per_step + np.arange(self.groups_per_step, dtype=np.int64)
+        visits, inside = position // n, position % n
+        rows = np.empty_like(position)
+        for visit in np.unique(visits):
+            here = visits == visit
+            rows[here] = self._permutation(bucket, int(visit))[inside[here]]
+        return Place(bucket, rows, visits)
+
+    def _bucket(self, step: int) -> tuple[int, int]:
+        total = sum(self.sizes)
+        while len(self._steps) <= step:
+            due = len(self._steps) + 1
+            deficit = [due * n - taken * total for n, taken in zip(self.sizes, self._taken, strict=True)]
+            bucket = max(range(len(deficit)), key=lambda i: (deficit[i], -i))
+            self._steps.append((bucket, self._taken[bucket]))
+            self._taken[bucket] += 1
+        return self._steps[step]
+
+    def _permutation(self, bucket: int, visit: int) -> np.ndarray:
+        return rng.permutation(self.sizes[bucket], self.seed, "order", bucket, visit)

@@ -1,0 +1,233 @@
+"""Tensors by content key, in Arrow files that nobody can half-write.
+
+A shard is one Arrow IPC file, memory-mapped, read without copying. Its name holds its own size and SHA-256, so a shard says
+by itself whether it is whole; it is written aside, flushed to the disk and renamed, so two processes that build the same
+store at once at worst do the same work twice. Sizes are checked at every opening, hashes too while the store is below 4 GiB,
+and every record carries a CRC-32 that is checked when a process first reads it. A shard that fails is renamed to
+``.corrupt`` and reported: its records are then missing, and encoded again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+import uuid
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import DataError, ResourceError
+
+SHARD_BYTES = 32 << 20
+FULL_CHECK_BYTES = 4 << 30
+OPEN_SHARDS = 256  # each holds a file handle
+_hashed: set[tuple[str, int, int]] = set()  # files this process has hashed, as (path, size, time of change)
+STALE_SECONDS = 3600
+
+
+def publish(table: pa.Table, folder: Path, prefix: str = "") -> Path:
+    """Write ``table`` as one record batch, named after its content. Raises ResourceError when the disk is full."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    content = sink.getvalue()
+    path = folder / f"{prefix}{hashlib.sha256(content).hexdigest()[:32]}-{content.size}.arrow"
+    if not intact(path):
+        write_aside(path, content)
+    return path
+
+
+def write_aside(path: Path, content) -> None:
+    """Temporary name, fsync, rename, fsync of the folder: under its final name a file is whole or absent."""
+    aside = path.parent / f".tmp-{uuid.uuid4().hex}"
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise ResourceError(f"{path.parent}: cannot write the cache ({error.strerror}); free some space "
+                            "or set data.cache_dir to another disk") from None
+
+
+def intact(path: Path, full: bool = True) -> bool:
+    """Whether a published file is there with the size, and if ``full`` the hash, that its name says."""
+    try:
+        digest, size = path.stem.split("-")[-2:]
+        found = path.stat()
+        seen = (str(path), found.st_size, found.st_mtime_ns)
+        if found.st_size != int(size):
+            return False
+        if full and seen not in _hashed:
+            if sha256(path).hexdigest()[:32] != digest:
+                return False
+            _hashed.add(seen)
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def sha256(path: Path):
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest
+
+
+def read_table(path: Path) -> pa.Table:
+    """A published table, memory-mapped. Raises DataError when it is damaged."""
+    if not intact(path):
+        raise DataError(f"{path}: this cache file is missing or damaged; run the same command again to build it anew")
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # another process has just set it aside
+        return 0
+
+
+class Store:
+    """One kind of record (latents, or text embeddings) of one encoder identity. corrupt: names of shards found damaged."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.corrupt = folder, []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"{folder}: cannot make the cache folder ({error.strerror}); set data.cache_dir") from None
+        self._shards: list[Path] = []
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._checked: dict[int, np.ndarray] = {}
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open)
+        sweep(folder)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in the shards that were written since, by whomever."""
+        known = set(self._shards)
+        fresh = [path for path in sorted(self.folder.glob("*.arrow")) if path not in known]
+        full = sum(map(_size, fresh)) <= FULL_CHECK_BYTES
+        for path in fresh:
+            if not intact(path, full):
+                self._reject(path)
+                continue
+            number = len(self._shards)
+            self._shards.append(path)
+            for row, key in enumerate(self._open(number)["key"]):
+                self._places.setdefault(key.tobytes(), (number, row))
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def place(self, key: bytes) -> tuple[int, int]:
+        """(shard, row) of a record, to read it by."""
+        return self._places[key]
+
+    def read(self, place: tuple[int, int]) -> dict[str, np.ndarray]:
+        """The record's tensors as read-only views of the mapped file. Raises DataError naming a damaged shard."""
+        shard, row = place
+        arrays = self._open(shard)
+        checked = self._checked.setdefault(shard, np.zeros(len(arrays["key"]), dtype=bool))
+        record = {name: array[row] for name, array in arrays.items() if name not in ("key", "crc")}
+        if not checked[row]:
+            if _crc(arrays["key"][row].tobytes(), record) != arrays["crc"][row]:
+                self._reject(self._shards[shard])
+                raise DataError(f"{self._shards[shard]}: this part of the cache is damaged and has been set aside; "
+                                "run the same command again, only this part is encoded anew")
+            checked[row] = True
+        return record
+
+    def _open(self, number: int) -> dict[str, np.ndarray]:
+        with pa.memory_map(str(self._shards[number])) as source:
+            return _arrays(pa.ipc.open_file(source).get_batch(0))
+
+    def _reject(self, path: Path) -> None:
+        self.corrupt.append(path.name)
+        with contextlib.suppress(OSError):
+            os.replace(path, path.with_suffix(".corrupt"))
+
+
+class Writer:
+    """Collects records and publishes them in shards of about 32 MiB, one tensor shape a shard.
+
+    multiple: shards hold a multiple of this many records (the encoding batch), so that a build which was killed goes on
+    with the same batches, hence the same bytes, as one that was not.
+    """
+
+    def __init__(self, store: Store, *, multiple: int, shard_bytes: int | None = None):
+        self.store, self.multiple, self.shard_bytes = store, multiple, shard_bytes or SHARD_BYTES
+        self._waiting: dict[tuple, list[tuple[bytes, dict[str, np.ndarray]]]] = {}
+
+    def add(self, key: bytes, record: dict[str, np.ndarray]) -> None:
+        shape = tuple((name, array.shape, array.dtype.str) for name, array in record.items())
+        waiting = self._waiting.setdefault(shape, [])
+        waiting.append((key, record))
+        size = sum(array.nbytes for array in record.values())
+        if len(waiting) >= max(1, self.shard_bytes // size // self.multiple) * self.multiple:
+            self._flush(shape)
+
+    def close(self) -> None:
+        for shape in list(self._waiting):
+            self._flush(shape)
+        self.store.refresh()
+
+    def _flush(self, shape: tuple) -> None:
+        records = self._waiting.pop(shape)
+        if records:
+            publish(_table(records), self.store.folder)
+
+
+def _table(records: list[tuple[bytes, dict[str, np.ndarray]]]) -> pa.Table:
+    columns = {"key": pa.array([key for key, _ in records], pa.binary(32)),
+               "crc": pa.array([_crc(key, record) for key, record in records], pa.uint32())}
+    fields = [pa.field(name, array.type) for name, array in columns.items()]
+    for name, example in records[0][1].items():
+        flat = np.stack([record[name] for _, record in records]).reshape(-1)
+        columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), example.size)
+        fields.append(pa.field(name, columns[name].type, metadata={"shape": ",".join(map(str, example.shape))}))
+    return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields))
+
+
+def _arrays(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+    """Views of the mapped buffers; they keep the mapping alive."""
+    arrays = {"key": np.frombuffer(batch["key"].buffers()[1], dtype=np.uint8).reshape(-1, 32)[:len(batch)]}
+    for field in batch.schema:
+        column = batch[field.name]
+        if field.name == "crc":
+            arrays["crc"] = column.to_numpy()
+        elif field.name != "key":
+            shape = [int(side) for side in field.metadata[b"shape"].split(b",")]
+            arrays[field.name] = column.values.to_numpy().reshape(len(batch), *shape)
+    return arrays
+
+
+def _crc(key: bytes, record: dict[str, np.ndarray]) -> int:
+    value = zlib.crc32(key)
+    for name in sorted(record):
+        value = zlib.crc32(np.ascontiguousarray(record[name]).view(np.uint8).reshape(-1), value)
+    return value
+
+
+def sweep(folder: Path, prefix: str = ".tmp-") -> None:
+    """Remove what killed processes left behind; files younger than an hour may belong to one that lives."""
+    for path in folder.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()

@@ -1,0 +1,206 @@
+"""Held-out preference accuracy on fixed draws: does the model now find the preferred picture more likely?
+
+Two questions, answered on the same (pair, time, noise) draws at every call, so that a change is the model's and not chance's:
+
+accuracy            the implicit reward's: share of pairs with  log p_policy/p_reference(winner) > the same of the loser.
+                    Before training policy = reference, every log-ratio is exactly 0, every pair a tie: 0.5 by definition.
+likelihood_accuracy the model's own: share of pairs whose winner it denoises better (lower error). Before training this is
+                    the base model's and says how far the base already agrees with the preferences; it need not be 0.5.
+
+Both average the margins over a pair's draws before taking the sign; ``per_draw`` takes the sign of every draw instead, which
+is what training sees and is always closer to one half. Times are stratified: draw d of n lies in [d/n, (d+1)/n).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from .. import rng
+from ..likelihood import Simple, Weighting
+from ..methods.base import Context
+from ..objectives import BestWorst
+from ..process import Shared
+from ..types import Batch, Noised
+from .statistics import wilson
+
+BINS = 5
+SIMPLE = Simple()
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """One time in each of ``draws`` equal parts of (0, 1); the key's last number says which part."""
+
+    draws: int
+
+    def draw(self, seed: int, keys: Tensor) -> Tensor:
+        """keys: [N, J] int64 -> [N] float64."""
+        return (keys[:, -1].double() + rng.uniform(seed, "time", keys)) / self.draws
+
+
+@dataclass(frozen=True, kw_only=True)
+class Margins:
+    """Per pair and draw, [P, D] float32 on the CPU, in nats per latent element; mergeable across processes.
+
+    policy, reference: winner's minus loser's likelihood surrogate (-1/2 W error) under each set; reference None when there
+    is none. win_error, lose_error: policy's error minus the reference's (or the error itself without one). t: times.
+    """
+
+    policy: Tensor
+    reference: Tensor | None
+    win_error: Tensor
+    lose_error: Tensor
+    t: Tensor
+
+    @classmethod
+    def merge(cls, parts: list[Margins]) -> Margins:
+        """All pairs of several batches or processes."""
+        def cat(name):
+            return torch.cat([getattr(part, name) for part in parts])
+
+        reference = None if parts[0].reference is None else cat("reference")
+        return cls(policy=cat("policy"), reference=reference, win_error=cat("win_error"), lose_error=cat("lose_error"),
+                   t=cat("t"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """value: share of pairs ordered right, ties one half, with Wilson's 95 % interval over pairs. per_draw: the same of
+    single draws. by_time: single draws by fifths of time, nearly clean first; None where a fifth has no draw.
+    """
+
+    value: float
+    low: float
+    high: float
+    per_draw: float
+    by_time: list[float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutPreference:
+    """pairs, draws: size of the measurement. accuracy: implicit reward (None without a reference). likelihood_accuracy: of
+    the policy; reference_likelihood_accuracy: of the reference, that is the policy before training. margin: mean log-ratio
+    margin. win_error_change, lose_error_change: policy minus reference; both rising means that losers are ruined, not
+    winners improved (None without a reference).
+    """
+
+    pairs: int
+    draws: int
+    accuracy: Accuracy | None
+    likelihood_accuracy: Accuracy
+    reference_likelihood_accuracy: Accuracy | None
+    margin: float
+    win_error_change: float | None
+    lose_error_change: float | None
+
+    def figures(self) -> dict[str, float]:
+        """Flat numbers for the log, by the names that the report's curves look for behind "validation/"."""
+        implicit = {} if self.accuracy is None else {
+            "accuracy": self.accuracy.value, "accuracy_low": self.accuracy.low, "accuracy_high": self.accuracy.high,
+            "win_error_change": self.win_error_change, "lose_error_change": self.lose_error_change}
+        return {"likelihood_accuracy": self.likelihood_accuracy.value, "margin": self.margin, **implicit}
+
+
+@torch.no_grad()
+def heldout_preference(ctx: Context, batches: Iterable[Batch], *, draws: int = 8, against: str | None = "reference",
+                       weighting: Weighting = SIMPLE, device=None) -> HeldoutPreference | None:
+    """ctx: predict(name, xt, t, cond), process, param, seed (its step and memory are not read). batches: held-out groups.
+
+    against: None for a bank without a reference; ``accuracy`` is then None. weighting: the estimator's own, so that the
+    margin is the one that is trained. None when no batch holds a pair. To share the work between processes call
+    ``measure`` on each and ``summarise`` on the merged margins.
+    """
+    parts = [measure(ctx, batch if device is None else batch.to(device), draws, against, weighting) for batch in batches]
+    parts = [part for part in parts if len(part.policy)]
+    return summarise(Margins.merge(parts)) if parts else None
+
+
+@torch.no_grad()
+def measure(ctx: Context, batch: Batch, draws: int, against: str | None, weighting: Weighting = SIMPLE) -> Margins:
+    """One batch of B groups; the model sees B*K rows at a time, one draw after another, reference first."""
+    noised = Shared().draw(batch, ctx.process, Stratified(draws), rng.integer(ctx.seed, "heldout"), draws)
+    cond, rows = batch.cond.rows(batch.k), batch.groups * batch.k
+    parts = [_rows(noised, slice(d * rows, (d + 1) * rows)) for d in range(draws)]
+    weight = torch.stack([weighting(part, ctx.param, ctx.process).view(batch.groups, batch.k) for part in parts])
+
+    def errors(name):
+        return torch.stack([_error(ctx, name, part, cond).view(batch.groups, batch.k) for part in parts])  # [D, B, K]
+
+    reference = None if against is None else errors(against)
+    policy = errors("policy")
+    b, w, l = BestWorst()(batch)
+    decided = batch.utility[b, w] > batch.utility[b, l]  # soft labels keep ties, which nobody can order right
+    b, w, l = b[decided], w[decided], l[decided]
+    change = policy if reference is None else policy - reference
+
+    def margin(error):
+        score = -0.5 * weight * error
+        return (score[:, b, w] - score[:, b, l]).T.float().cpu()
+
+    times = torch.stack([part.t.view(batch.groups, batch.k) for part in parts])[:, b, w]
+    return Margins(policy=margin(policy), reference=None if reference is None else margin(reference), t=times.T.cpu(),
+                   win_error=change[:, b, w].T.float().cpu(), lose_error=change[:, b, l].T.float().cpu())
+
+
+def summarise(margins: Margins) -> HeldoutPreference:
+    """margins: all pairs."""
+    ratio = None if margins.reference is None else margins.policy - margins.reference
+    pairs, draws = margins.policy.shape
+    return HeldoutPreference(
+        pairs=pairs, draws=draws, accuracy=None if ratio is None else _accuracy(ratio, margins.t),
+        likelihood_accuracy=_accuracy(margins.policy, margins.t),
+        reference_likelihood_accuracy=None if ratio is None else _accuracy(margins.reference, margins.t),
+        margin=float((margins.policy if ratio is None else ratio).mean()),
+        win_error_change=None if ratio is None else float(margins.win_error.mean()),
+        lose_error_change=None if ratio is None else float(margins.lose_error.mean()))
+
+
+def before_and_after(after: HeldoutPreference, before: HeldoutPreference | None = None) -> dict:
+    """The report's ``heldout_preference_accuracy``: before, after, and what is needed to read them; JSON-ready.
+
+    With a reference, "before" is 0.5 by definition and the base's likelihood accuracy comes with the same measurement.
+    Without one, both are the plain likelihood accuracy and ``before`` must have been measured ahead of training.
+    """
+    if after.accuracy is not None:
+        chosen, start, kind = after.accuracy, 0.5, "implicit reward (log-ratio of policy and reference)"
+        likelihood_before = after.reference_likelihood_accuracy
+    else:
+        chosen, kind = after.likelihood_accuracy, "likelihood of the policy (there is no reference)"
+        likelihood_before = None if before is None else before.likelihood_accuracy
+        start = None if likelihood_before is None else likelihood_before.value
+    return {"before": start, "after": chosen.value, "after_low": chosen.low, "after_high": chosen.high, "of": kind,
+            "per_draw": chosen.per_draw, "by_time": chosen.by_time, "pairs": after.pairs, "draws": after.draws,
+            "margin": after.margin, "win_error_change": after.win_error_change,
+            "lose_error_change": after.lose_error_change,
+            "likelihood_accuracy": {"before": None if likelihood_before is None else asdict(likelihood_before),
+                                    "after": asdict(after.likelihood_accuracy)}}
+
+
+def _rows(noised: Noised, part: slice) -> Noised:
+    return Noised(x0=noised.x0[part], xt=noised.xt[part], noise=noised.noise[part], t=noised.t[part],
+                  alpha=noised.alpha[part], sigma=noised.sigma[part], log_snr=noised.log_snr[part])
+
+
+def _error(ctx: Context, name: str, noised: Noised, cond) -> Tensor:
+    """Mean squared error per element, in float32: [N]."""
+    raw = ctx.predict(name, noised.xt, noised.t, cond)
+    return (ctx.param.target(noised) - raw.float()).square().flatten(1).mean(1)
+
+
+def _accuracy(margin: Tensor, t: Tensor) -> Accuracy:
+    """margin, t: [P, D]."""
+    right = _right(margin.double().mean(1))
+    single = _right(margin)
+    low, high = wilson(float(right.mean()), len(right))
+    index = (t * BINS).long().clamp(0, BINS - 1)
+    by_time = [float(single[index == i].mean()) if (index == i).any() else None for i in range(BINS)]
+    return Accuracy(value=float(right.mean()), low=low, high=high, per_draw=float(single.mean()), by_time=by_time)
+
+
+def _right(margin: Tensor) -> Tensor:
+    """1 for a positive margin, 1/2 for exactly 0, else 0."""
+    return (margin > 0).double() + 0.5 * (margin == 0).double()

@@ -1,0 +1,170 @@
+"""Paired statistics of two models' scores: win rate with an interval, mean difference, sign test, and one plain sentence.
+
+The unit is the prompt. A prompt's win is its mean over seeds of 1 (the aligned picture scores higher), 1/2 (a tie) or 0.
+Intervals are percentile bootstraps over prompts, keyed by a seed, with the percentiles widened for small samples
+(Hesterberg 2015, "What teachers should know about the bootstrap", section 4.2: "expanded percentile").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest, norm, t
+
+from .. import rng
+
+LEVEL = 0.95
+TIE = 1e-6  # scores closer than this, absolutely and relatively, are a tie
+POWER = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """prompts: prompts with at least one scored pair. pairs = wins + ties + losses, pictures of the same prompt and seed.
+
+    unscored: pairs left out because the judge could not score one side. base_score, aligned_score: means over prompts.
+    win_rate, difference (aligned minus base), each with a 95 % bootstrap interval over prompts. sign_test: two-sided p of
+    more prompts won than lost, tied prompts ignored. prompts_needed: prompts that would show a win rate like this one in
+    four runs of five; None where it is exactly one half. verdict: "better", "worse" or "undecided".
+    """
+
+    prompts: int
+    pairs: int
+    wins: int
+    ties: int
+    losses: int
+    unscored: int
+    base_score: float
+    aligned_score: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    win_rate: float
+    win_rate_low: float
+    win_rate_high: float
+    sign_test: float
+    prompts_needed: int | None
+    verdict: str
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in plain English."""
+        rate = f"{_percent(self.win_rate)} of {self.prompts:,} prompts"
+        interval = f"95% interval {_percent(self.win_rate_low)} to {_percent(self.win_rate_high)}"
+        if self.verdict == "better":
+            return f"The aligned model is better: it wins {rate} ({interval}; ties count half)."
+        if self.verdict == "worse":
+            return f"The aligned model is worse: it wins only {rate} ({interval}; ties count half)."
+        open_ = f"No difference is shown at this size: the aligned model wins {rate} ({interval}; ties count half)."
+        return f"{open_} {self._needs()}"
+
+    def _needs(self) -> str:
+        if self.prompts_needed is None:
+            return "The two are level."
+        if self.prompts_needed > 100_000:
+            return "To tell a difference this small would need more than 100,000 prompts."
+        return f"If this win rate is the true one, it needs about {_round(self.prompts_needed):,} prompts to show."
+
+
+def paired(base: np.ndarray, aligned: np.ndarray, *, seed: int = 0, resamples: int = 10_000) -> Paired | None:
+    """base, aligned: scores [P, S] of P prompts and S seeds, NaN where the judge could not score -> statistics, or None
+    when no pair was scored on both sides.
+    """
+    base, aligned = np.asarray(base, np.float64), np.asarray(aligned, np.float64)
+    if base.shape != aligned.shape or base.ndim != 2:
+        raise ValueError(f"scores must be two arrays [prompts, seeds] of one shape, got {base.shape} and {aligned.shape}")
+    both = ~(np.isnan(base) | np.isnan(aligned))
+    kept = both.any(1)
+    if not kept.any():
+        return None
+    outcome = outcomes(base, aligned)
+    rows = np.stack([_mean(x, both)[kept] for x in (outcome, base, aligned)])  # [3, prompts]
+    wins, base_mean, aligned_mean = rows.mean(1)
+    (low, high), (d_low, d_high) = bootstrap(np.stack([rows[0], rows[2] - rows[1]]), seed=seed, resamples=resamples)
+    won, lost = int((rows[0] > 0.5).sum()), int((rows[0] < 0.5).sum())
+    return Paired(
+        prompts=int(kept.sum()), pairs=int(both.sum()), unscored=int((~both).sum()),
+        wins=int((outcome[both] == 1).sum()), ties=int((outcome[both] == 0.5).sum()), losses=int((outcome[both] == 0).sum()),
+        base_score=float(base_mean), aligned_score=float(aligned_mean), difference=float(aligned_mean - base_mean),
+        difference_low=d_low, difference_high=d_high, win_rate=float(wins), win_rate_low=low, win_rate_high=high,
+        sign_test=float(binomtest(won, won + lost).pvalue) if won + lost else 1.0,
+        prompts_needed=prompts_needed(rows[0]), verdict=_verdict(low, high))
+
+
+def outcomes(base: np.ndarray, aligned: np.ndarray) -> np.ndarray:
+    """1 where aligned scores higher, 0 where lower, 1/2 for a tie, NaN where either is NaN; any shape."""
+    tie = np.isclose(aligned, base, rtol=TIE, atol=TIE)
+    outcome = np.where(tie, 0.5, (aligned > base).astype(np.float64))
+    return np.where(np.isnan(base) | np.isnan(aligned), np.nan, outcome)
+
+
+def bootstrap(rows: np.ndarray, *, seed: int, resamples: int) -> list[tuple[float, float]]:
+    """95 % intervals of the means of each row of [R, n], resampling the n columns together; deterministic in the seed.
+
+    Where all values of a row are 0 or all are 1, resampling shows no spread at all; the interval is then Wilson's.
+    """
+    count = rows.shape[1]
+    draw = rng.generator(seed, "bootstrap")
+    block = max(1, 2_000_000 // count)  # keeps a block of resamples below about 50 MB
+    parts = []
+    for start in range(0, resamples, block):
+        picked = draw.integers(0, count, size=(min(block, resamples - start), count))
+        parts.append(np.stack([row[picked].mean(1) for row in rows], axis=1))
+    means = np.concatenate(parts)  # [resamples, R]
+    tail = _expanded_tail(count)
+    return [_interval(row, mean, tail) for row, mean in zip(rows, means.T, strict=True)]
+
+
+def _interval(row: np.ndarray, means: np.ndarray, tail: float) -> tuple[float, float]:
+    if np.ptp(row) == 0 and row[0] in (0.0, 1.0):
+        return wilson(float(row[0]), len(row))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _expanded_tail(count: int) -> float:
+    """Share of the resampled means left out at each end: 2.5 % for many prompts, less for few."""
+    if count < 2:
+        return 0.0
+    return float(norm.cdf(-math.sqrt(count / (count - 1)) * t.ppf(0.5 + LEVEL / 2, count - 1)))
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share; with ties as halves it is slightly too wide, never too narrow."""
+    if count == 0:
+        return 0.0, 1.0
+    z = float(norm.ppf(0.5 + LEVEL / 2))
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def prompts_needed(wins: np.ndarray) -> int | None:
+    """Prompts at which a two-sided 5 % test shows a mean and spread like these with 80 % power. wins: [P] in [0, 1]."""
+    effect = abs(float(wins.mean()) - 0.5)
+    if effect < 1e-12 or len(wins) < 2:
+        return None
+    z = float(norm.ppf(0.5 + LEVEL / 2) + norm.ppf(POWER))
+    return max(2, math.ceil(float(wins.var(ddof=1)) * (z / effect) ** 2))
+
+
+def _mean(x: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Mean over seeds of the kept entries: [P, S] -> [P], NaN where none is kept."""
+    count = keep.sum(1)
+    return np.where(count > 0, np.where(keep, x, 0).sum(1) / np.maximum(count, 1), np.nan)
+
+
+def _verdict(low: float, high: float) -> str:
+    return "better" if low > 0.5 else "worse" if high < 0.5 else "undecided"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _round(number: int) -> int:
+    """Two significant digits: an estimate should not look exact."""
+    scale = 10 ** max(0, len(str(number)) - 2)
+    return math.ceil(number / scale) * scale

@@ -1,0 +1,238 @@
+"""Loading a diffusers pipeline from a folder or a hub id: safetensors only, no remote code, refused before it is heavy."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from .. import _compat  # noqa: F401  (before diffusers)
+from ..errors import ModelError
+from .base import Adapter, Denoiser, unwrap
+from .dit import SD3
+from .encoders import EncoderFacts, Encoders
+from .folder import IGNORED, TEXT, Folder, check_components, check_weights, digest, read_folder, read_json, weight_files
+from .spec import ModelSpec
+from .unet import SD, SDXL
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+FAMILIES: dict[str, type[Adapter]] = {"sd": SD, "sdxl": SDXL, "sd3": SD3}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def load_pipeline(spec: ModelSpec, *, parts: Literal["all", "encoders"] = "all") -> DiffusionPipeline:
+    """The stock pipeline in float32, on the CPU. parts: "encoders" leaves the denoiser out.
+
+    Raises ModelError for everything that is wrong with the folder or hub id.
+    """
+    import diffusers
+
+    folder, adapter = inspect(spec)
+    check_components(folder, folder.components if parts == "all" else _encoder_parts(folder))
+    absent = {name: None for name in folder.index if name in IGNORED or name in TEXT and name not in folder.components}
+    if adapter is SD:
+        absent["requires_safety_checker"] = False
+    if parts == "encoders":
+        absent[adapter.component] = None
+    if spec.pretrained_vae_model_name_or_path:
+        absent["vae"] = _load_vae(spec)
+    with _loading(folder.name):
+        # without a dtype transformers 5 takes the checkpoint's, which may be half precision
+        pipe = getattr(diffusers, adapter.pipeline).from_pretrained(
+            folder.path, torch_dtype=torch.float32, use_safetensors=True, variant=spec.variant, local_files_only=True,
+            **absent)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_encoders(spec: ModelSpec, device: str | torch.device = "cpu") -> Encoders:
+    """VAE and text encoders, float32. Raises ModelError."""
+    facts, (folder, adapter) = encoder_facts(spec), inspect(spec)
+    pipe = load_pipeline(spec, parts="encoders")
+    # encode_prompt may ask the denoiser for its sizes, never for its weights
+    config = SimpleNamespace(**folder.config(adapter.component))
+    setattr(pipe, adapter.component, SimpleNamespace(config=config, dtype=torch.float32))
+    return Encoders(pipe=pipe, adapter=adapter, **vars(facts)).to(device)
+
+
+def encoder_facts(spec: ModelSpec) -> EncoderFacts:
+    """Sizes and identity of the encoders from their files, without loading them. Raises ModelError."""
+    folder, adapter = inspect(spec)
+    check_components(folder, _encoder_parts(folder))
+    vae = read_json(_vae_files(spec, folder)[0], folder.name)
+    factor = 2 ** (len(vae.get("block_out_channels") or [64]) - 1)
+    size = folder.config(adapter.component).get("sample_size") or 64
+    return EncoderFacts(
+        family=adapter.family, spatial_factor=factor, latent_channels=vae.get("latent_channels", 4),
+        default_resolution=factor * (size if isinstance(size, int) else min(size)),
+        identity=_encoder_identity(spec, folder))
+
+
+def load_denoiser(spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Denoiser:
+    """The family's adapter around the denoiser; neither VAE nor text encoders are read. Raises ModelError."""
+    import diffusers
+
+    folder, adapter = inspect(spec)
+    check_components(folder, (adapter.component,))
+    with _loading(folder.name):
+        module, info = getattr(diffusers, adapter.module_class).from_pretrained(
+            folder.path, subfolder=adapter.component, torch_dtype=dtype, use_safetensors=True, variant=spec.variant,
+            local_files_only=True, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ModelError(f"{folder.name}: {adapter.component}/ lacks {len(info['missing_keys'])} weights, first "
+                         f"{sorted(info['missing_keys'])[0]}; the files do not belong to its config.json")
+    return adapter.assemble(module.to(device).eval(), folder.config("scheduler"), _denoiser_identity(folder, adapter))
+
+
+def model_identity(spec: ModelSpec) -> str:
+    """Hex SHA-256 of the denoiser's configuration, weights and noise schedule. Raises ModelError."""
+    folder, adapter = inspect(spec)
+    check_components(folder, (adapter.component,))
+    return _denoiser_identity(folder, adapter)
+
+
+def save_pipeline(spec: ModelSpec, denoiser: Denoiser, folder: Path | str) -> Path:
+    """A whole pipeline folder with the (fully fine-tuned) denoiser in place, float32. Written aside, then renamed.
+
+    Raises ValueError if the denoiser carries a LoRA, ModelError if the base cannot be loaded, FileExistsError if ``folder``
+    is there already.
+    """
+    module = unwrap(denoiser.module)
+    if getattr(module, "peft_config", None):
+        raise ValueError("this denoiser carries a LoRA: save that instead (models.save_lora)")
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already")
+    pipe = load_pipeline(spec, parts="encoders")
+    pipe.register_modules(**{denoiser.component: module})
+    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    pipe.save_pretrained(aside, safe_serialization=True)
+    aside.rename(folder)
+    return folder
+
+
+def inspect(spec: ModelSpec) -> tuple[Folder, type[Adapter]]:
+    """The folder and the family that reads it, from JSON files alone. Raises ModelError."""
+    folder = read_folder(_resolve(spec), spec.pretrained_model_name_or_path, spec.variant)
+    adapter = next((a for a in FAMILIES.values() if a.pipeline == folder.pipeline), None)
+    if adapter is None:
+        known = ", ".join(a.pipeline for a in FAMILIES.values())
+        raise ModelError(f"{folder.name}: pipeline {folder.pipeline} is not supported; supported are {known}")
+    library, module_class = folder.components.get(adapter.component, (None, None))
+    if (library, module_class) != ("diffusers", adapter.module_class):
+        raise ModelError(f"{folder.name}: unsupported denoiser: {adapter.component} is {module_class or 'absent'}, "
+                         f"{adapter.pipeline} needs {adapter.module_class}")
+    reason = adapter.unsupported(folder.config(adapter.component), folder.config("scheduler"))
+    if reason:
+        raise ModelError(f"{folder.name}: unsupported denoiser: {reason}")
+    return folder, adapter
+
+
+def _encoder_parts(folder: Folder) -> list[str]:
+    return [part for part in folder.components if part == "vae" or part in TEXT]
+
+
+def _denoiser_identity(folder: Folder, adapter: type[Adapter]) -> str:
+    files = [folder.path / adapter.component / "config.json", folder.path / "scheduler" / "scheduler_config.json"]
+    return digest([*files, *folder.weights(adapter.component)])
+
+
+def _encoder_identity(spec: ModelSpec, folder: Folder) -> dict[str, str]:
+    """Weights of the chosen variant, and every small file (configurations, vocabularies) beside them."""
+    def files(part: str) -> list[Path]:
+        small = [f for f in (folder.path / part).iterdir() if f.suffix in (".json", ".txt", ".model")]
+        return [*small, *(folder.weights(part) if part.startswith("text_encoder") else [])]
+
+    text = [file for part in TEXT if part in folder.components for file in files(part)]
+    # whether "no prompt" means zeros is written in the pipeline's index
+    zeros = f"force_zeros_for_empty_prompt={folder.index.get('force_zeros_for_empty_prompt')}"
+    return {"vae": digest(_vae_files(spec, folder)), "text": digest(text, zeros)}
+
+
+def _vae_files(spec: ModelSpec, folder: Folder) -> list[Path]:
+    """config.json first, then the weights, of the VAE in use."""
+    if spec.pretrained_vae_model_name_or_path:
+        vae = _vae_folder(spec)
+        return [vae / "config.json", *weight_files(vae, None, spec.pretrained_vae_model_name_or_path)]
+    return [folder.path / "vae" / "config.json", *folder.weights("vae")]
+
+
+def _load_vae(spec: ModelSpec) -> Any:
+    from diffusers import AutoencoderKL
+
+    name, folder = spec.pretrained_vae_model_name_or_path, _vae_folder(spec)
+    check_weights(weight_files(folder, None, name), name)
+    with _loading(name):
+        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
+
+
+def _vae_folder(spec: ModelSpec) -> Path:
+    """The folder with the VAE's config.json: of its own, or vae/ inside a pipeline. Raises ModelError."""
+    name = spec.pretrained_vae_model_name_or_path
+    path = Path(name) if Path(name).is_dir() else _download(name, None, ["*config.json", "*.safetensors", "vae/*"])
+    path = path / "vae" if (path / "vae").is_dir() else path
+    found = read_json(path / "config.json", name).get("_class_name")
+    if found != "AutoencoderKL":
+        raise ModelError(f"{name}: a {found} is not an AutoencoderKL (model.pretrained_vae_model_name_or_path)")
+    return path
+
+
+def _resolve(spec: ModelSpec) -> Path:
+    """A local folder; a hub id is downloaded (or found in the cache) first. Raises ModelError."""
+    name = spec.pretrained_model_name_or_path
+    path = Path(os.path.expanduser(name))   # Path.expanduser raises on an unknown user
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelError(f"{name}: is a single file; diffalign reads pipeline folders. Convert it once: "
+                         f"StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER)")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"{name}: no such folder (and not a hub id of the form owner/name)")
+    # the index first: what it names decides whether the rest is worth a download
+    parts = read_folder(_download(name, spec.revision, ["model_index.json"]), name).components
+    patterns = [f"{part}/*{end}" for part in parts for end in (".json", ".txt", ".model", *_weight_patterns(spec.variant))]
+    return _download(name, spec.revision, ["model_index.json", *patterns])
+
+
+def _weight_patterns(variant: str | None) -> tuple[str, ...]:
+    """Safetensors of one variant; for none, the plain names that diffusers and transformers write."""
+    if variant:
+        return (f".{variant}.safetensors", f".{variant}-*.safetensors")
+    return ("model.safetensors", "model-*.safetensors")
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Files of a hub repository -> its folder in the cache. Raises ModelError, one line, also when offline."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:   # of whichever HTTP library the hub's client uses in this version
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(f"{name}: no such folder here, and the hub did not give it{at} ({_first_line(error)}); check the "
+                         "path, the network, or download it beforehand") from error
+
+
+@contextmanager
+def _loading(name: str):
+    """Whatever a library raises on a damaged model becomes one line."""
+    try:
+        with warnings.catch_warnings():
+            # newer diffusers says dtype instead; the oldest that we support knows torch_dtype only
+            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+            yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,136 @@
+"""LoRA on a denoiser: attach, switch off, save in the two layouts that people load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import _compat  # noqa: F401  (before diffusers)
+from ..errors import ConfigError
+from .base import Denoiser, unwrap
+from .spec import LoRA
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+ADAPTER = "policy"
+STEM = "pytorch_lora_weights"
+
+
+def attach(denoiser: Denoiser, lora: LoRA, *, seed: int) -> None:
+    """Freeze the base and add the trainable adapter "policy", in float32 whatever the base's dtype.
+
+    seed: of the initialisation; the global random state is left alone. The up matrices start at zero, so the policy starts
+    as the reference. Raises ConfigError when ``target_modules`` matches nothing.
+    """
+    from peft import LoraConfig
+
+    module = unwrap(denoiser.module)
+    module.requires_grad_(False)
+    targets = list(lora.target_modules or denoiser.lora_targets)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.rank if lora.alpha is None else lora.alpha, target_modules=targets,
+                        exclude_modules=list(denoiser.idle()) or None, lora_dropout=0.0,
+                        init_lora_weights=True if lora.init == "default" else lora.init)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            module.add_adapter(config, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise ConfigError(f"model.lora.target_modules: {targets} matches no layer of this {denoiser.component}; "
+                              f"its family's default is {list(denoiser.lora_targets)}") from error
+    for parameter in trained(module).values():
+        parameter.data = parameter.data.float()
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name, sorted."""
+    return {name: p for name, p in sorted(module.named_parameters()) if f".{ADAPTER}." in name and ".lora_" in name}
+
+
+def adapter_layers(module: nn.Module) -> list[BaseTunerLayer]:
+    """The layers that peft wrapped (560 in SDXL: worth finding once, not at every step)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+@contextmanager
+def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
+    """The base model alone. The adapters are on again afterwards, also after an exception, and so before any backward."""
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def lora_state(denoiser: Denoiser) -> dict[str, Tensor]:
+    """peft's own keys without the adapter's name ("...to_q.lora_A.weight") -> float32 tensors on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(unwrap(denoiser.module), adapter_name=ADAPTER)
+    return {name: state[name].detach().float().cpu().contiguous() for name in sorted(state)}
+
+
+def save_lora(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str], *, stem: str = STEM) -> list[Path]:
+    """Two files with the same weights, both float32 and both with ``metadata`` (rank and alpha are added to it).
+
+    ``pytorch_lora_weights.safetensors``: what ``pipe.load_lora_weights(folder)`` of stock diffusers reads. alpha/rank is
+    multiplied into the up matrices and the file says alpha = rank, so that readers that know no alpha are right, too.
+
+    ``<stem>_comfy.safetensors``: kohya's layout with an alpha per layer. SD and SDXL: ``lora_unet_<diffusers name>``, read
+    by stock diffusers (tested) and, from reading their sources, by ComfyUI and A1111. SD3: ``lora_transformer_<name>``,
+    in ComfyUI's key map for SD3 (comfy/lora.py, read, not run); diffusers does not read it and A1111 was not looked at.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rank, alpha = rank_and_alpha(denoiser)
+    files = [folder / f"{STEM}.safetensors", folder / f"{stem}_comfy.safetensors"]
+    state = lora_state(denoiser)
+    said = {**metadata, "format": "pt", "rank": str(rank)}
+    _write(files[0], _diffusers_layout(denoiser, state, alpha / rank),
+           said | {"alpha": str(rank), "trained_alpha": f"{alpha:g}"})
+    _write(files[1], kohya_layout(denoiser, state, alpha),
+           _kohya_metadata(denoiser, rank, alpha) | said | {"alpha": f"{alpha:g}"})
+    return files
+
+
+def rank_and_alpha(denoiser: Denoiser) -> tuple[int, float]:
+    config = unwrap(denoiser.module).peft_config[ADAPTER]
+    return config.r, float(config.lora_alpha)
+
+
+def kohya_layout(denoiser: Denoiser, state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """peft keys -> ``<prefix>_<layer with underscores>.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``."""
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    kohya = convert_state_dict_to_kohya({f"{denoiser.kohya_prefix}.{name}": x for name, x in state.items()})
+    return {name: torch.tensor(alpha) if name.endswith(".alpha") else x for name, x in kohya.items()}
+
+
+def _diffusers_layout(denoiser: Denoiser, state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    return {f"{denoiser.component}.{name}": x * scale if ".lora_B." in name else x for name, x in state.items()}
+
+
+def _kohya_metadata(denoiser: Denoiser, rank: int, alpha: float) -> dict[str, str]:
+    """What the web UIs show, and what A1111 tells SD 1, 2 and XL apart by."""
+    family = dict(denoiser.kohya_metadata)
+    if denoiser.family == "sd" and unwrap(denoiser.module).config.cross_attention_dim == 1024:
+        family = {"ss_base_model_version": "sd_v2", "ss_v2": "True", "modelspec.architecture": "stable-diffusion-v2/lora"}
+    return family | {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}",
+                     "modelspec.sai_model_spec": "1.0.0"}
+
+
+def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    aside = file.with_name(f".{file.name}.partial")
+    save_file(tensors, aside, metadata=metadata)
+    aside.replace(file)

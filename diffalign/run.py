@@ -1,0 +1,361 @@
+"""Wiring: a recipe in, files out. What the command line does, as functions; each returns what it found as a plain dict.
+
+``printer`` takes one line of text: ``print`` for people, nothing for programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from . import data
+from .config import Recipe, as_tree, dump
+from .data.check import check as look_at
+from .errors import ConfigError, ResourceError, UserError
+from .evaluate.card import write_card
+from .evaluate.compare import Comparison, compare, lora_off_and_on
+from .evaluate.files import write, write_json
+from .evaluate.preference import before_and_after, heldout_preference
+from .evaluate.prompts import read_prompts
+from .evaluate.report import Run, write_grid, write_report
+from .likelihood import implied_nats
+from .methods import Context, Preference
+from .models.base import Denoiser, enable_gradient_checkpointing
+from .models.load import encoder_facts, load_denoiser, load_encoders, load_pipeline, model_identity, save_pipeline
+from .models.weights import WeightBank
+from .rewards import load_reward
+from .train import fit, make_accelerator, world_of
+from .train.checkpoint import check_writable
+from .types import Memory
+
+Printer = Callable[[str], None]
+SUMMARY, LORA_FILE, PIPELINE = "train.json", "pytorch_lora_weights.safetensors", "pipeline"
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+def train(recipe: Recipe, printer: Printer = _silent) -> dict:
+    """Encode what is not cached yet, train or resume, write the files that people use. Returns what train.json holds.
+
+    Raises UserError children; Preempted (exit code 75) when a signal asked to stop after a saved checkpoint.
+    """
+    started, output_dir = time.monotonic(), Path(recipe.output_dir)
+    base = model_identity(recipe.model)  # a wrong model is refused before anything is written
+    judge_exists(recipe)
+    check_writable(output_dir)
+    accelerator = make_accelerator(recipe.train, output_dir)
+    say = printer if accelerator.is_main_process else _silent
+    pairs, heldout = _caches(recipe, accelerator, say)
+    encode_seconds = time.monotonic() - started
+    source = _source(recipe, pairs, world_of(accelerator))
+    method = Preference(recipe.likelihood, recipe.objective)
+    _check_fit(recipe, source)
+    bank = _bank(recipe, method, accelerator)
+    for line in _derived(recipe, source, accelerator.num_processes):
+        say(line)
+    if accelerator.is_main_process:
+        write(output_dir / "config.resolved.yaml", dump(recipe).encode())
+    summary = fit(method=method, bank=bank, source=source, spec=recipe.train, seed=recipe.seed, output_dir=output_dir,
+                  config=as_tree(recipe), accelerator=accelerator, identity={"base": base}, metadata=_metadata(recipe),
+                  validation=None if heldout is None else _validation(recipe, method, heldout, accelerator))
+    facts = {**dataclasses.asdict(summary), "pairs": source.groups, "objective": _method_name(recipe), "base": base,
+             "encode_seconds": encode_seconds, "wall_seconds": time.monotonic() - started, "seed": recipe.seed,
+             "heldout": None if heldout is None else _heldout(recipe, method, bank, heldout, accelerator)}
+    if accelerator.is_main_process:
+        _finish(recipe, bank, facts)
+    say(f"done: {output_dir} ({summary.step} steps, {summary.seconds:.0f} s of training)")
+    return facts
+
+
+def _finish(recipe: Recipe, bank: WeightBank, facts: dict) -> None:
+    """Files for people: the LoRA is written by the loop; a full fine-tune becomes a whole pipeline folder."""
+    output_dir = Path(recipe.output_dir)
+    if recipe.model.lora is None:
+        save_pipeline(recipe.model, bank.denoiser, output_dir / PIPELINE)
+    write_json(output_dir / SUMMARY, facts)
+    run = _run(recipe, facts)
+    write_report(output_dir, run, None)
+    write_card(output_dir, run, json.loads((output_dir / "report.json").read_text()))
+
+
+def _bank(recipe: Recipe, method: Preference, accelerator) -> WeightBank:
+    """The denoiser with its weight sets. The frozen base of a LoRA is kept in the precision it is computed in."""
+    forward = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.mixed_precision, torch.float32)
+    dtype = torch.float32 if recipe.model.lora is None else forward
+    denoiser = load_denoiser(recipe.model, dtype=dtype, device=accelerator.device)
+    _attention(denoiser, recipe)
+    bank = WeightBank.build(denoiser, recipe.model.lora, reads=method.reads, seed=recipe.seed, forward_dtype=forward)
+    if recipe.train.gradient_checkpointing:
+        enable_gradient_checkpointing(denoiser)
+    return bank
+
+
+def _attention(denoiser: Denoiser, recipe: Recipe) -> None:
+    if not recipe.train.enable_xformers_memory_efficient_attention:
+        return
+    try:
+        denoiser.module.enable_xformers_memory_efficient_attention()
+    except (ImportError, ModuleNotFoundError, ValueError) as error:
+        raise ConfigError(f"train.enable_xformers_memory_efficient_attention: xformers cannot be used here ({error}); "
+                          "run `pip install 'diffalign[xformers]'` on a machine with CUDA, or set it to false") from None
+
+
+def _source(recipe: Recipe, cache, world) -> data.Offline:
+    spec = recipe.train
+    return data.Offline(cache, seed=recipe.seed, train_batch_size=spec.train_batch_size, rank=world.rank, world=world.size,
+                        gradient_accumulation_steps=spec.gradient_accumulation_steps,
+                        caption_dropout=recipe.data.caption_dropout, random_flip=recipe.data.random_flip)
+
+
+def _check_fit(recipe: Recipe, source: data.Offline) -> None:
+    if source.k < recipe.objective.min_k:
+        raise ConfigError(f"objective: {_method_name(recipe)} compares {recipe.objective.min_k} candidates, but {recipe.data.path} "
+                          f"has {source.k} a group; use objective.kind=sft or another data set")
+
+
+def _metadata(recipe: Recipe) -> dict[str, str]:
+    """What travels in the header of the weights that people load."""
+    facts = {"objective": _method_name(recipe), "base_model": recipe.model.pretrained_model_name_or_path, "data": recipe.data.path,
+             "beta": getattr(recipe.objective, "beta", None), "learning_rate": recipe.train.learning_rate}
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+# --- held-out preference accuracy -----------------------------------------------------------------------------------
+
+def _validation(recipe: Recipe, method: Preference, cache, accelerator) -> Callable:
+    def measure(bank, step: int) -> dict[str, float]:
+        return _measure(recipe, method, bank, cache, accelerator).figures()
+    return measure
+
+
+def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator):
+    """Every rank measures the whole held-out set, so all know the figure; the draws are keyed, so all get the same."""
+    denoiser = bank.denoiser
+
+    def predict(*args):
+        with accelerator.autocast():
+            return bank.predict(*args)
+
+    ctx = Context(predict=predict, process=denoiser.process, param=denoiser.param, seed=recipe.seed, step=0, memory=Memory())
+    batches = data.fixed_batches(cache, max(1, 2 * recipe.train.train_batch_size), seed=recipe.seed)
+    return heldout_preference(ctx, batches, against="reference" if "reference" in method.reads else None,
+                              weighting=recipe.likelihood.weighting, device=accelerator.device)
+
+
+def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator) -> dict | None:
+    after = _measure(recipe, method, bank, cache, accelerator)
+    before = None if "reference" in method.reads or after is None else _likelihood_before(recipe, bank, cache, accelerator)
+    return None if after is None else before_and_after(after, before)
+
+
+def _likelihood_before(recipe: Recipe, bank: WeightBank, cache, accelerator):
+    """A reference-free run has no reference to measure: read the base again, once, after training."""
+    del bank
+    base = WeightBank.build(load_denoiser(recipe.model, device=accelerator.device), recipe.model.lora, reads=("policy",),
+                            seed=recipe.seed)
+    return _measure(recipe, Preference(recipe.likelihood, recipe.objective), base, cache, accelerator)
+
+
+# --- encode, check --------------------------------------------------------------------------------------------------
+
+def encode(recipe: Recipe, printer: Printer = _silent) -> dict:
+    """Build the cache of latents and text embeddings; several processes share the work."""
+    accelerator = make_accelerator(recipe.train, Path(recipe.output_dir))
+    caches = _caches(recipe, accelerator, printer if accelerator.is_main_process else _silent)
+    return {name: dict(cache.report) for name, cache in zip(("train", "validation"), caches) if cache is not None}
+
+
+def _caches(recipe: Recipe, accelerator, say: Printer):
+    """The caches of training and held-out data (or None), built where missing; the encoders are freed afterwards."""
+    spec, world, facts = recipe.data, world_of(accelerator), encoder_facts(recipe.model)
+    resolution = spec.resolution or facts.default_resolution
+    caches, loaded = [], []
+
+    def encoders():
+        if not loaded:
+            loaded.append(load_encoders(recipe.model, accelerator.device))
+        return loaded[0]
+
+    for part in ("train", "validation") if data.has_validation(spec) else ("train",):
+        report = data.encode(spec, encoders, cache_dir=_cache_dir(recipe), resolution=resolution, seed=recipe.seed, part=part,
+                             facts=facts, rank=world.rank, world=world.size, barrier=world.barrier,
+                             progress=accelerator.is_main_process)
+        say(report.summary())
+        for name in report.bad:
+            say(f"  skipped {name}")
+        caches.append(data.Cache(report.manifest))
+    loaded.clear()
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return (*caches, None)[:2]
+
+
+def _cache_dir(recipe: Recipe) -> Path:
+    return Path(recipe.data.cache_dir) if recipe.data.cache_dir else Path(recipe.output_dir).parent / "cache"
+
+
+def check(recipe: Recipe, printer: Printer = _silent) -> dict:
+    """Counts, ties, duplicates, leakage, sizes and derived numbers; draws sample pairs. Loads no weights."""
+    facts, output_dir = encoder_facts(recipe.model), Path(recipe.output_dir)
+    judge_exists(recipe)
+    check_writable(output_dir)
+    resolution = recipe.data.resolution or facts.default_resolution
+    found = look_at(recipe.data, resolution=resolution, spatial_factor=facts.spatial_factor, seed=recipe.seed,
+                    sample_path=output_dir / "check.png")
+    for name, value in found.items():
+        if name != "problems":
+            printer(f"{name:24} {_brief(value)}")
+    spec = recipe.train
+    per_step = spec.train_batch_size * spec.gradient_accumulation_steps
+    printer(f"{'groups a step':24} {per_step} ({spec.train_batch_size} x {spec.gradient_accumulation_steps} accumulated) "
+            "for each process")
+    printer(f"{'epochs':24} {spec.max_train_steps * per_step / max(1, found['groups']):.2f} with one process")
+    elements = facts.latent_channels * (resolution // facts.spatial_factor) ** 2
+    for line in _betas(recipe, elements):
+        printer(line)
+    for problem in found["problems"]:
+        printer(f"problem: {problem}")
+    write_json(output_dir / "check.json", found)
+    return found
+
+
+def _brief(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_brief(item)}" for key, item in list(value.items())[:8]) or "none"
+    if isinstance(value, (list, tuple)):
+        return f"{len(value)}" + (f" (first: {value[0]})" if value else "")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _derived(recipe: Recipe, source: data.Offline, processes: int) -> list[str]:
+    spec = recipe.train
+    per_step = spec.train_batch_size * spec.gradient_accumulation_steps * processes
+    return [f"{source.groups} groups, {per_step} a step, {spec.max_train_steps} steps = "
+            f"{spec.max_train_steps * per_step / source.groups:.2f} epochs", *_betas(recipe, source.elements)]
+
+
+def _betas(recipe: Recipe, elements: int) -> list[str]:
+    """The same beta in other conventions, for a latent of ``elements`` numbers."""
+    beta = getattr(recipe.objective, "beta", None)
+    if beta is None or recipe.objective.reference_free:
+        return []
+    other = implied_nats(beta, elements)
+    return [f"beta {beta:g} (mean error, factor 1/2) = kappa {other['kappa']:g} on mean errors = {other['beta_eq14']:.4g} on summed "
+            f"errors (the paper's Eq. 14; {elements} latent elements)"]
+
+
+# --- evaluate, grid -------------------------------------------------------------------------------------------------
+
+def evaluate(recipe: Recipe, printer: Printer = _silent) -> dict:
+    """Base beside aligned on the recipe's prompts: report.json, report.html, grid.png, README.md. Returns the report."""
+    started, output_dir = time.monotonic(), Path(recipe.output_dir)
+    facts = _trained(recipe)
+    comparison = _compare(recipe)
+    facts["total_seconds"] = facts["wall_seconds"] + time.monotonic() - started
+    run = _run(recipe, facts)
+    report = write_report(output_dir, run, comparison)
+    write_card(output_dir, run, report)
+    printer(report["sentence"])
+    for drift in comparison.drift:
+        if drift.flagged:
+            printer(f"look out: {drift.name} moved from {drift.base:.3g} to {drift.aligned:.3g}")
+    printer(f"report: {output_dir / 'report.html'}")
+    return report
+
+
+def grid(recipe: Recipe, printer: Printer = _silent) -> dict:
+    """The comparison grid alone: only its own rows are drawn, no figure is made."""
+    _trained(recipe)
+    comparison = _compare(recipe, rows_only=True)
+    path = Path(recipe.output_dir) / "grid.png"
+    write_grid(path, _title(recipe), comparison)
+    printer(f"grid: {path}")
+    return {"grid": str(path)}
+
+
+def _trained(recipe: Recipe) -> dict:
+    """train.json of a finished run. Raises ConfigError where there is none."""
+    if recipe.evaluate is None:
+        raise ConfigError("evaluate: is missing; add the section, such as evaluate={prompts: prompts.txt, judge: scenes}")
+    path = Path(recipe.output_dir) / SUMMARY
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigError(f"{path}: no finished training run here; run `diffalign train` first, with the same output_dir") from None
+
+
+def _compare(recipe: Recipe, rows_only: bool = False) -> Comparison:
+    spec = recipe.evaluate
+    prompts = read_prompts(spec.prompts)
+    texts = prompts.texts
+    judge = None if spec.judge is None else load_reward(spec.judge)
+    if rows_only:
+        spec = dataclasses.replace(spec, seeds=1)
+        from . import rng
+        seed = spec.seed if spec.seed is not None else recipe.seed
+        texts = [texts[i] for i in sorted(rng.permutation(len(texts), seed, "grid")[:spec.grid_prompts].tolist())]
+    with _both_sides(recipe) as (base, aligned):
+        return compare(base, aligned, texts, judge, spec, run_seed=recipe.seed,
+                       categories=prompts.categories if not rows_only else None)
+
+
+@contextmanager
+def _both_sides(recipe: Recipe):
+    """Base and aligned as stock diffusers pipelines, through the files that users get."""
+    device = "cuda" if torch.cuda.is_available() and not recipe.train.cpu else "cpu"
+    output_dir = Path(recipe.output_dir)
+    pipe = load_pipeline(recipe.model).to(device)
+    if recipe.model.lora is not None:
+        if not (output_dir / LORA_FILE).is_file():
+            raise ConfigError(f"{output_dir / LORA_FILE}: is missing; run `diffalign train` first")
+        pipe.load_lora_weights(str(output_dir), weight_name=LORA_FILE)
+        yield lora_off_and_on(pipe, recipe.evaluate)
+        return
+    aligned = load_pipeline(dataclasses.replace(recipe.model, pretrained_model_name_or_path=str(output_dir / PIPELINE),
+                                                revision=None, variant=None, pretrained_vae_model_name_or_path=None))
+    yield pipe, aligned.to(device)
+
+
+def judge_exists(recipe: Recipe) -> None:
+    """A wrong judge or prompt file is found before training, not after."""
+    if recipe.evaluate is not None:
+        read_prompts(recipe.evaluate.prompts)
+        if recipe.evaluate.judge is not None:
+            load_reward(recipe.evaluate.judge)
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+def _run(recipe: Recipe, facts: dict) -> Run:
+    output_dir, lora = Path(recipe.output_dir), recipe.model.lora
+    files = sorted(p.name for p in output_dir.glob("*.safetensors")) if lora else [PIPELINE]
+    return Run(title=_title(recipe), method=_method_name(recipe), base_model=recipe.model.pretrained_model_name_or_path,
+               data=recipe.data.path, rank=lora.rank if lora else None, beta=getattr(recipe.objective, "beta", None),
+               seed=recipe.seed, pairs=facts["pairs"], steps=facts["step"], train_seconds=facts["seconds"],
+               total_seconds=facts.get("total_seconds", facts["wall_seconds"]), heldout=facts["heldout"],
+               metrics=output_dir / "metrics.jsonl", config=as_tree(recipe), files=tuple(files),
+               command=f"diffalign train {shlex.quote(str(output_dir / 'config.resolved.yaml'))}")
+
+
+def _title(recipe: Recipe) -> str:
+    kind = "full fine-tune" if recipe.model.lora is None else "LoRA"
+    return f"{_method_name(recipe)}, {kind}, on {Path(recipe.model.pretrained_model_name_or_path).name}"
+
+
+def _method_name(recipe: Recipe) -> str:
+    """What papers call it: the objective's own ``title`` or its class's name."""
+    return getattr(recipe.objective, "title", type(recipe.objective).__name__)
+
+
+__all__ = ["ResourceError", "UserError", "check", "encode", "evaluate", "grid", "train"]

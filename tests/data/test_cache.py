@@ -1,0 +1,347 @@
+"""RELIABILITY E7: a cache is never half-true. Built once, resumed after a kill, missed by whatever changes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffalign.data.buckets import apply, plan
+from diffalign.data.cache import Cache
+from diffalign.data.encoding import encode
+from diffalign.data.images import decode, pixels
+from diffalign.data.store import Store, intact
+from diffalign.errors import DataError, ResourceError
+
+from .toy import ToyEncoders, jsonl, pairs, picture, spec
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(path, folder, *, encoders=None, resolution=16, seed=0, part="train", facts=None, rank=0, world=1, barrier=None,
+          **options):
+    encoders = encoders or ToyEncoders()
+    report = encode(spec(path, **options), lambda: encoders, cache_dir=folder / "cache", resolution=resolution, seed=seed,
+                    part=part, facts=facts or encoders, rank=rank, world=world, barrier=barrier or (lambda: None),
+                    progress=False)
+    return report, encoders
+
+
+def direct(data: bytes, encoders, resolution=16):
+    """(mean, std) [C, h, w] as encoding in the loop would give."""
+    image = decode(data, "test", 10**6)
+    cut = apply(image, plan((image.height, image.width), (resolution, resolution), "test"))
+    return [x[0].numpy() for x in encoders.encode_images(torch.from_numpy(pixels([cut])))]
+
+
+def shards(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.arrow"))}
+
+
+def test_the_cache_holds_what_the_encoders_say(tmp_path):
+    report, encoders = build(pairs(tmp_path, 6, sizes=((16, 16), (40, 20))), tmp_path)
+    assert (report.groups, report.images, report.prompts, report.encoded_images, report.encoded_prompts) == (6, 12, 3, 12, 3)
+    cache = Cache(report.manifest)
+    assert (len(cache), cache.k, cache.soft, cache.family) == (6, 2, False, "sdxl")
+    for i, group in enumerate(cache.groups):
+        assert (group.row, group.utility, cache.prompt(group.prompt)) == (i, (1.0, 0.0), f"prompt {i % 3}")
+        for image, seed in zip(group.images, (i, i + 1000), strict=True):
+            mean, std = cache.latent(image)
+            want = direct(picture(seed, (16, 16) if i % 2 == 0 else (40, 20)), encoders)
+            np.testing.assert_array_equal(mean, want[0])
+            np.testing.assert_array_equal(std, want[1])
+            assert not mean.flags.owndata and not mean.flags.writeable  # a view of the mapped file
+        tokens, pooled = cache.text(group.prompt)
+        want = encoders.encode_prompts([cache.prompt(group.prompt)])
+        np.testing.assert_array_equal(tokens, want[0][0].numpy())
+        np.testing.assert_array_equal(pooled, want[1][0].numpy())
+    assert not cache.unconditional()[0].any()
+    # 40 x 20 to 16 x 16: scaled to 32 x 16, (32 - 16)/2 = 8 columns cut on the left
+    assert cache.sizes[cache.groups[1].images[0]].tolist() == [20, 40, 0, 8, 8]
+
+
+def test_everything_is_encoded_once(tmp_path):
+    """Six rows over two pictures and one prompt: two latents and one text, in one batch each."""
+    path = pairs(tmp_path, 1)
+    path.write_text(path.read_text() * 6)
+    report, encoders = build(path, tmp_path)
+    assert (report.groups, report.images, report.prompts) == (6, 2, 1)
+    assert encoders.calls == [("images", 2), ("prompts", 1)]
+    again, fresh = build(path, tmp_path, encoders=ToyEncoders())
+    assert fresh.calls == [] and (again.encoded_images, again.groups) == (0, 6)
+
+
+def test_encoders_are_not_loaded_for_a_whole_cache(tmp_path):
+    path = pairs(tmp_path)
+    build(path, tmp_path)
+    report = encode(spec(path), lambda: pytest.fail("loaded"), facts=ToyEncoders(), cache_dir=tmp_path / "cache",
+                    resolution=16, seed=0, progress=False)
+    assert report.groups == 6
+
+
+@pytest.mark.parametrize("change,images,prompts", [
+    ({"encoders": ToyEncoders(vae="vae-2")}, 12, 0), ({"encoders": ToyEncoders(text="text-2")}, 0, 3),
+    ({"resolution": 8}, 12, 0), ({"cache_dtype": "float16"}, 12, 3), ({"center_crop": False}, 12, 0),
+    ({"random_flip": True}, 12, 0), ({"seed": 1}, 0, 0), ({"max_train_samples": 2}, 0, 0)])
+def test_what_changes_misses_and_nothing_else(tmp_path, change, images, prompts):
+    """Pictures of 40 x 20, so that another place of the crop is another crop."""
+    path = pairs(tmp_path, sizes=((40, 20),))
+    first, _ = build(path, tmp_path)
+    report, _ = build(path, tmp_path, **change)
+    assert report.encoded_prompts == prompts
+    assert report.encoded_images == images if "center_crop" not in change else 8 <= report.encoded_images <= 12
+    assert (Cache(first.manifest).identity == Cache(report.manifest).identity) == (change == {"seed": 1})
+
+
+def test_mirrored_latents_are_of_the_mirrored_picture(tmp_path):
+    report, encoders = build(pairs(tmp_path, 1), tmp_path, random_flip=True)
+    cache = Cache(report.manifest)
+    image = cache.groups[0].images[0]
+    np.testing.assert_allclose(cache.latent(image, True)[0], cache.latent(image)[0][..., ::-1], atol=1e-6)
+    assert not np.array_equal(cache.latent(image, True)[0], cache.latent(image)[0])
+
+
+def test_a_changed_picture_is_noticed(tmp_path):
+    path = pairs(tmp_path)
+    first = Cache(build(path, tmp_path)[0].manifest)
+    (tmp_path / "pictures" / "chosen2.png").write_bytes(picture(77))
+    report, encoders = build(path, tmp_path, encoders=ToyEncoders())
+    assert report.encoded_images == 1 and Cache(report.manifest).identity != first.identity
+
+
+def test_identity_is_of_the_content(tmp_path):
+    """A copied folder, another batch size, other names: the same data, hence the same identity."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one = build(pairs(tmp_path / "a"), tmp_path / "a")[0]
+    two = build(pairs(tmp_path / "b", name="other.jsonl"), tmp_path / "b", encode_batch_size=3)[0]
+    assert Cache(one.manifest).identity == Cache(two.manifest).identity
+
+
+def test_float16(tmp_path):
+    full, half = (Cache(build(pairs(tmp_path), tmp_path, cache_dtype=dtype)[0].manifest) for dtype in ("float32", "float16"))
+    assert half.latent(0)[0].dtype == np.float16 and half.text(0)[0].dtype == np.float16
+    np.testing.assert_allclose(half.latent(0)[0].astype(np.float32), full.latent(0)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_bad_rows(tmp_path):
+    path = pairs(tmp_path, 6)
+    (tmp_path / "pictures" / "chosen1.png").write_bytes(b"no picture")
+    (tmp_path / "pictures" / "rejected2.png").unlink()
+    (tmp_path / "pictures" / "chosen3.png").write_bytes(picture(3)[:-30])
+    (tmp_path / "pictures" / "chosen4.png").write_bytes(picture(1004))
+    with pytest.raises(DataError, match=r"line 2, chosen \(pictures/chosen1.png\): it is no picture.*data.bad_rows=skip"):
+        build(path, tmp_path)
+    report, _ = build(path, tmp_path, bad_rows="skip")
+    assert (report.groups, report.bad_rows, report.identical) == (2, 3, 1)
+    assert [message.split(",")[0] for message in report.bad] == [f"pairs.jsonl line {i}" for i in (2, 3, 4)]
+    assert [group.row for group in Cache(report.manifest).groups] == [0, 5]
+    assert "3 bad rows skipped" in report.summary() and "1 groups of identical pictures" in report.summary()
+    (tmp_path / "pictures" / "rejected2.png").write_bytes(picture(1002))  # mended: the earlier build is no longer trusted
+    assert build(path, tmp_path, bad_rows="skip")[0].groups == 3
+
+
+def test_a_latent_that_is_not_finite_is_named(tmp_path):
+    path = pairs(tmp_path, 5)
+    from PIL import Image
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "pictures" / "rejected3.png")
+    with pytest.raises(DataError, match=r"pairs.jsonl line 4, rejected .*latent is not finite"):
+        build(path, tmp_path, encoders=ToyEncoders(broken=True))
+    report, _ = build(path, tmp_path, encoders=ToyEncoders(broken=True), bad_rows="skip")
+    assert (report.groups, report.bad_rows) == (4, 1) and "line 4" in report.bad[0]
+
+
+def test_nothing_left(tmp_path):
+    (tmp_path / "x.png").write_bytes(picture(0))
+    (tmp_path / "y.png").write_bytes(picture(1))
+    tied = jsonl(tmp_path / "t.jsonl", [{"prompt": "p", "images": ["x.png", "y.png"], "scores": [1, 1]}] * 3)
+    with pytest.raises(DataError, match="t.jsonl: all 3 rows are ties.*data.ties=soft"):
+        build(tied, tmp_path)
+    report, _ = build(tied, tmp_path, ties="soft")
+    cache = Cache(report.manifest)
+    assert cache.soft and cache.groups[0].soft == 0.5 and cache.groups[0].utility == (1.0, 1.0)
+    same = jsonl(tmp_path / "s.jsonl", [{"prompt": "p", "chosen": "x.png", "rejected": "x.png"}])
+    with pytest.raises(DataError, match="1 hold the same picture twice"):
+        build(same, tmp_path)
+    with pytest.raises(DataError, match="the data set is empty"):
+        build(jsonl(tmp_path / "e.jsonl", []), tmp_path)
+
+
+def test_a_damaged_shard_is_renewed(tmp_path):
+    path = pairs(tmp_path)
+    clean = build(path, tmp_path)[0]
+    before = shards(tmp_path / "cache")
+    (victim,) = (tmp_path / "cache").glob("latents-*/*.arrow")
+    for damage in (lambda data: data[:-7], lambda data: data[:900] + bytes([data[900] ^ 4]) + data[901:], lambda data: b""):
+        victim.write_bytes(damage(before[str(victim.relative_to(tmp_path / "cache"))]))
+        with pytest.raises(DataError, match=r"a part of the cache is missing or damaged \(" + victim.name):
+            Cache(clean.manifest)
+        report, encoders = build(path, tmp_path, encoders=ToyEncoders())
+        assert report.encoded_images == 12 and report.encoded_prompts == 0
+        assert shards(tmp_path / "cache") == before
+
+
+def test_every_flipped_bit_of_every_file_is_seen(tmp_path):
+    """RELIABILITY E2, C5: 1,000 single-bit flips, all detected by the hash in the name."""
+    build(pairs(tmp_path, 3), tmp_path)
+    files, rng = sorted((tmp_path / "cache").rglob("*.arrow")), np.random.default_rng(0)
+    assert len(files) >= 6
+    for i in range(1000):
+        path = files[i % len(files)]
+        data = bytearray(path.read_bytes())
+        at = int(rng.integers(len(data)))
+        data[at] ^= 1 << int(rng.integers(8))
+        copy = tmp_path / f"{i}-{path.name.split('-', path.name.count('-') - 1)[-1]}"
+        copy.write_bytes(bytes(data))
+        assert not intact(copy)
+        copy.unlink()
+
+
+def test_damage_under_an_open_cache_is_seen_when_read(tmp_path):
+    """The size and hash were right at opening; the record's own checksum finds it, names the file and sets it aside."""
+    path = pairs(tmp_path, 3)
+    report, _ = build(path, tmp_path)
+    cache = Cache(report.manifest)
+    (victim,) = (tmp_path / "cache").glob("latents-*/*.arrow")
+    data = victim.read_bytes()
+    at = data.index(np.ascontiguousarray(cache._latents._open(0)["mean"][2]).tobytes())
+    with victim.open("r+b") as file:
+        file.seek(at)
+        file.write(b"\xff")
+    cache.latent(0), cache.latent(1)
+    with pytest.raises(DataError, match=victim.name + ": this part of the cache is damaged"):
+        cache.latent(2)
+    assert not victim.exists()
+    assert build(path, tmp_path, encoders=ToyEncoders())[0].encoded_images == 6
+
+
+def test_a_manifest_is_whole_or_none(tmp_path):
+    path = pairs(tmp_path)
+    manifest = build(path, tmp_path)[0].manifest
+    text = manifest.read_text()
+    for bad in ("", "[]", "{}", text[:-9], text.replace('"groups": 6', '"groups": 7')):
+        manifest.write_text(bad)
+        with pytest.raises(DataError, match="no whole cache manifest"):
+            Cache(manifest)
+        assert build(path, tmp_path)[0].encoded_images == 0
+        assert manifest.read_text() == text.replace('"encoded_images": 12', '"encoded_images": 0').replace(
+            '"encoded_prompts": 3', '"encoded_prompts": 0') or Cache(manifest).report["groups"] == 6
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_share_the_work(tmp_path, world):
+    """Each rank encodes its own records; all reach the same cache as one process would, and the same error."""
+    path = pairs(tmp_path, 10, sizes=((16, 16), (40, 20)))
+    (tmp_path / "pictures" / "chosen4.png").write_bytes(b"junk")
+    alone = Cache(build(path, tmp_path / "alone", bad_rows="skip")[0].manifest)
+
+    def together(**options):
+        barrier, encoders, ends = threading.Barrier(world, timeout=20), [ToyEncoders() for _ in range(world)], [None] * world
+
+        def rank(r):
+            try:
+                ends[r] = build(path, tmp_path / "shared", encoders=encoders[r], rank=r, world=world, barrier=barrier.wait,
+                                **options)[0]
+            except DataError as error:
+                ends[r] = str(error)
+        threads = [threading.Thread(target=rank, args=(r,)) for r in range(world)]
+        [thread.start() for thread in threads]
+        [thread.join(30) for thread in threads]
+        return ends, encoders
+
+    ends, _ = together()
+    assert len(set(ends)) == 1 and "line 5, chosen (pictures/chosen4.png): it is no picture" in ends[0]
+    ends, encoders = together(bad_rows="skip")
+    assert [(end.groups, end.bad_rows) for end in ends] == [(9, 1)] * world
+    assert Cache(ends[0].manifest).identity == alone.identity
+    assert not list((tmp_path / "shared").rglob(f"failures-{ends[0].manifest.stem}-*"))
+
+
+def test_two_builds_at_once(tmp_path):
+    path, script = pairs(tmp_path, 40), builder(tmp_path, delay=0.002)
+    running = [subprocess.Popen([sys.executable, str(script)], cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    report, encoders = build(path, tmp_path, encoders=ToyEncoders())
+    assert encoders.calls == [] and report.groups == 40
+    assert all(intact(file) for file in (tmp_path / "cache").rglob("*.arrow"))
+
+
+def builder(folder: Path, delay: float) -> Path:
+    """A program that builds ``folder``'s cache slowly, in shards of one batch."""
+    script = folder / "build.py"
+    script.write_text(textwrap.dedent(f"""
+        import sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        from tests.data.toy import ToyEncoders, spec
+        from diffalign.data import store
+        from diffalign.data.encoding import encode
+        store.SHARD_BYTES = 1
+        class Slow(ToyEncoders):
+            def encode_images(self, pixels):
+                time.sleep({delay})
+                return super().encode_images(pixels)
+        encode(spec({str(folder / 'pairs.jsonl')!r}), Slow, cache_dir={str(folder / 'cache')!r}, resolution=16, seed=0,
+               progress=False)
+    """))
+    return script
+
+
+def test_a_killed_build_goes_on(tmp_path, monkeypatch):
+    """SIGKILL in the middle: whole shards stay, only the others are encoded, and the files equal an undisturbed build's."""
+    from diffalign.data import store
+    monkeypatch.setattr(store, "SHARD_BYTES", 1)
+    path = pairs(tmp_path, 60)
+    (tmp_path / "clean").mkdir()
+    build(path, tmp_path / "clean")
+    script, written = builder(tmp_path, delay=0.05), 0
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, stderr=subprocess.PIPE)
+        deadline, target = time.monotonic() + 60, written + 6
+        while (written := len(list((tmp_path / "cache").glob("latents-*/*.arrow")))) < target and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        written = len(list((tmp_path / "cache").glob("latents-*/*.arrow")))
+        assert not list((tmp_path / "cache").glob("sets/*.json"))  # no manifest before the end
+    assert 18 <= written < 30
+    report, encoders = build(path, tmp_path, encoders=ToyEncoders())
+    assert report.encoded_images == 120 - 4 * written
+    latents = [{path.name for path in (tmp_path / base / "cache").glob("latents-*/*.arrow")} for base in ("", "clean")]
+    assert latents[0] == latents[1] and len(latents[0]) == 30  # names are hashes of the content
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    from diffalign.data import store
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+    path = pairs(tmp_path)
+    monkeypatch.setattr(store.os, "fsync", full)
+    with pytest.raises(ResourceError, match="cannot write the cache .No space left on device.; free some space"):
+        build(path, tmp_path)
+    monkeypatch.undo()
+    assert not list((tmp_path / "cache").rglob(".tmp-*")) and build(path, tmp_path)[0].groups == 6
+
+
+def test_the_cache_folder_cannot_be_made(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ResourceError, match="cannot make the cache folder"):
+        build(pairs(tmp_path), tmp_path)
+
+
+def test_stores_see_each_other(tmp_path):
+    build(pairs(tmp_path), tmp_path)
+    (folder,) = (tmp_path / "cache").glob("latents-*")
+    assert len(Store(folder)._places) == 12

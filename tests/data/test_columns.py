@@ -1,0 +1,244 @@
+"""Every layout becomes one schema; a bad row has an address; nothing outside the data set's folder is read."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+
+import datasets
+import pytest
+
+from diffalign.data.columns import Tally, normalised, read_rows
+from diffalign.errors import DataError
+
+from .toy import jsonl, pairs, picture, spec
+
+
+def read(path, tally=None, part="train", seed=0, **options):
+    return list(read_rows(spec(path, **options), tally if tally is not None else Tally(), part=part, seed=seed))
+
+
+def pickapic(path, labels, **more):
+    """Parquet with Pick-a-Pic's columns; picture bytes 2i and 2i + 1."""
+    n = len(labels)
+    columns = {"jpg_0": [picture(2 * i, format="JPEG") for i in range(n)],
+               "jpg_1": [picture(2 * i + 1, format="JPEG") for i in range(n)], "label_0": labels,
+               "caption": [f"caption {i}" for i in range(n)], **more}
+    datasets.Dataset.from_dict(columns).to_parquet(str(path))
+    return path
+
+
+def test_pickapic_labels(tmp_path):
+    """datasets.md check 1: labels 1, 0, 0.5 -> two pairs under drop, the second with jpg_1 preferred; 0.7 is a soft label."""
+    path = pickapic(tmp_path / "train.parquet", [1.0, 0.0, 0.5, 0.3], label_1=[0.0, 1.0, 0.5, 0.7])
+    tally = Tally()
+    rows = read(path, tally)
+    assert [(row.id, row.utility, row.soft) for row in rows] == [(0, (1, 0), None), (1, (0, 1), None), (3, (0, 1), 0.7)]
+    assert (tally.ties, tally.rows, tally.layout) == (1, 4, "pickapic")
+    assert rows[1].images[1].read() == picture(3, format="JPEG") and rows[1].where == "train.parquet row 1"
+    soft = read(path, ties="soft")[2]
+    assert soft.tie and soft.soft == 0.5
+    with pytest.raises(DataError, match=r"train.parquet row 2: a tie, and data.ties=refuse. Remove it, or set data.ties"):
+        read(path, ties="refuse")
+
+
+def test_labels_as_text_are_numbers(tmp_path):
+    """datasets.md check 2: webdataset labels arrive as text; "0" means jpg_1 won."""
+    assert [row.utility for row in read(pickapic(tmp_path / "t.parquet", ["0", "1", "0.5"]))] == [(0, 1), (1, 0)]
+    for bad in ("abc", "nan", "2", ""):
+        with pytest.raises(DataError, match="t.parquet row 0: label_0: "):
+            read(pickapic(tmp_path / "t.parquet", [bad]))
+
+
+def test_labels_that_contradict_each_other(tmp_path):
+    with pytest.raises(DataError, match=r"row 0: label_1: label_0 \+ label_1 must be 1"):
+        read(pickapic(tmp_path / "t.parquet", [1.0], label_1=[1.0]))
+
+
+def test_unlabelled_rows_are_counted(tmp_path):
+    tally = Tally()
+    assert len(read(pickapic(tmp_path / "t.parquet", [1.0, 0.5], has_label=[True, False]), tally)) == 1
+    assert (tally.unlabelled, tally.ties) == (1, 0)
+
+
+def test_image_features_stay_undecoded(tmp_path):
+    """Even a picture that is none must reach our own decoder: one corrupt row is not a corrupt data set."""
+    features = datasets.Features({"prompt": datasets.Value("string"), "chosen": datasets.Image(),
+                                  "rejected": datasets.Image()})
+    table = datasets.Dataset.from_dict({"prompt": ["p"], "chosen": [{"bytes": picture(0), "path": None}],
+                                        "rejected": [{"bytes": b"junk", "path": None}]}, features=features)
+    (tmp_path / "hub").mkdir()
+    table.to_parquet(str(tmp_path / "hub" / "train-00000-of-00001.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    for path in (tmp_path / "hub", tmp_path / "hub" / "train-00000-of-00001.parquet", tmp_path / "saved"):
+        (row,) = read(path)
+        assert [image.read() for image in row.images] == [picture(0), b"junk"] and row.utility == (1, 0)
+
+
+def test_scored_lists_and_ranks(tmp_path):
+    """HPDv2's rank [2, 1, 3] (1 is best) puts picture 1 before 0 before 2."""
+    (tmp_path / "a").mkdir()
+    for i in range(3):
+        (tmp_path / "a" / f"{i}.png").write_bytes(picture(i))
+    images = [f"a/{i}.png" for i in range(3)]
+    path = jsonl(tmp_path / "d.jsonl", [{"prompt": "p", "images": images, "scores": [0.1, 0.9, 0.5]},
+                                        {"prompt": "q", "images": images, "ranks": [2, 1, 3]},
+                                        {"prompt": "r", "images": images[:2], "scores": [0.5, 0.5]}])
+    tally = Tally()
+    scored, ranked = read(path, tally)
+    assert scored.utility == pytest.approx((0.1, 0.9, 0.5)) and ranked.utility == (-2, -1, -3) and tally.ties == 1
+    for bad in ([0.1, 0.2], [0.1, "x", 0.2], [1e40, 0, 1], "abc", [None, 1, 2], [10**400, 0, 1]):
+        with pytest.raises(DataError, match="d.jsonl line 1: scores: "):
+            read(jsonl(path, [{"prompt": "p", "images": images, "scores": bad}]))
+
+
+def test_unpaired(tmp_path):
+    (tmp_path / "x.png").write_bytes(picture(0))
+    path = jsonl(tmp_path / "metadata.jsonl",
+                 [{"text": "p", "file_name": "x.png", "label": label} for label in (1, True, 0, -1)])
+    assert [row.utility for row in read(tmp_path)] == [(1,), (1,), (-1,), (-1,)]
+    with pytest.raises(DataError, match="line 1: label: must be 1"):
+        read(jsonl(path, [{"text": "p", "file_name": "x.png", "label": 0.5}]))
+
+
+def test_imagefolder_names_and_json_lists(tmp_path):
+    pairs(tmp_path, 2)
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    renamed = [{"prompt": row["prompt"], "chosen_file_name": row["chosen"], "rejected_file_name": row["rejected"]}
+               for row in rows]
+    (tmp_path / "list.json").write_text(json.dumps(renamed))
+    assert [row.images[0].read() for row in read(tmp_path / "list.json")] == [picture(0), picture(1)]
+    assert read(tmp_path / "list.json")[1].where == "list.json row 1"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    jsonl(elsewhere / "train.jsonl", rows)
+    assert read(elsewhere, image_root=str(tmp_path))[0].images[0].read() == picture(0)
+
+
+def test_no_preference_column(tmp_path):
+    path = jsonl(tmp_path / "d.jsonl", [{"prompt": "p", "image": "x.png", "url": "u"}])
+    with pytest.raises(DataError) as caught:
+        read(path, bad_rows="skip")  # never skipped: it is the data set that is wrong
+    message = str(caught.value)
+    assert "no preference column found. Its columns: prompt, image, url" in message and "\n" not in message
+    assert all(name in message for name in ("pickapic (jpg_0, jpg_1, label_0", "chosen_rejected (", "scored (", "unpaired ("))
+    with pytest.raises(DataError, match="not those of data.layout=pickapic"):
+        read(pairs(tmp_path), layout="pickapic")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n"])
+def test_empty(tmp_path, content):
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="d.jsonl: the data set is empty"):
+        read(tmp_path / "d.jsonl")
+
+
+def test_sources_that_are_none(tmp_path):
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 not")
+    (tmp_path / "d.txt").write_text("x")
+    (tmp_path / "d.json").write_text("{")
+    (tmp_path / "nothing").mkdir()
+    for path, words in ((tmp_path / "d.parquet", "cannot be read as a data set"), (tmp_path / "d.txt", "unknown kind of file"),
+                        (tmp_path / "d.json", "no JSON file"), (tmp_path / "absent.parquet", "no such file or folder"),
+                        (tmp_path / "nothing", "cannot be read as a data set"), ("absent.parquet", "no such file"),
+                        ("../x/y", "no such file"), (tmp_path / "no" / "such", "no such file")):
+        with pytest.raises(DataError, match=words) as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "a/../../secret.png", "/etc/passwd", "..\\secret.png", "C:\\x.png",
+                                  "link.png", "x\0.png", "http://host/x.png", "file:///etc/passwd", "a" * 5000, "~/x.png", ""])
+def test_paths_stay_in_the_folder(tmp_path, path):
+    (tmp_path / "secret.png").write_bytes(picture(0))
+    inside = tmp_path / "set"
+    inside.mkdir()
+    (inside / "link.png").symlink_to(tmp_path / "secret.png")
+    data = jsonl(inside / "d.jsonl", [{"prompt": "p", "chosen": path, "rejected": path}])
+    with pytest.raises(DataError, match="^d.jsonl line 1"):
+        [image.read() for image in read(data)[0].images]
+
+
+def test_bad_rows_are_skipped_and_named(tmp_path):
+    path = pairs(tmp_path, 4)
+    lines = path.read_text().splitlines()
+    lines[1], lines[2] = "{broken", json.dumps({"prompt": 3, "chosen": "x", "rejected": "y"})
+    path.write_text("\n".join(lines))
+    tally = Tally()
+    assert [row.id for row in read(path, tally, bad_rows="skip")] == [0, 3]
+    assert tally.bad_rows == 2 and tally.bad[0].startswith("pairs.jsonl line 2: no JSON object")
+    assert tally.bad[1] == "pairs.jsonl line 3: prompt: text is needed, got int"
+    with pytest.raises(DataError, match="line 2: .*Mend the row, or set data.bad_rows=skip"):
+        read(path)
+
+
+def test_mutated_rows_are_rows_or_sentences(tmp_path):
+    """RELIABILITY E5, 1,000 mutants of JSON lines."""
+    values = [None, True, -1, 1e400, float("nan"), "", "\ud800", [], {}, [[]], {"bytes": 3}, {"path": None}, "x" * 3000,
+              10**30]
+    good = {"prompt": "p", "images": ["a.png", "b.png"], "scores": [1, 2]}
+    draw, rows = random.Random(0), []
+    for _ in range(500):
+        row = dict(good)
+        row[draw.choice([*row, "label_0"])] = draw.choice(values)
+        if draw.random() < 0.3:
+            del row[draw.choice(list(row))]
+        rows.append(json.dumps(row).encode())
+    line = json.dumps(good).encode()
+    for _ in range(500):
+        at = draw.randrange(len(line))
+        inserted = draw.choice([b"", bytes([draw.randrange(256)]), b"[" * 3000, b"\0"])
+        rows.append(line[:at] + inserted + line[at + draw.randrange(3):])
+    path, tally = tmp_path / "d.jsonl", Tally()
+    path.write_bytes(line + b"\n" + b"\n".join(row.replace(b"\n", b" ") for row in rows))
+    kept = read(path, tally, bad_rows="skip")
+    assert len(kept) + tally.bad_rows + tally.ties == tally.rows > 1000 and tally.bad_rows > 400
+    assert all(message.startswith("d.jsonl line ") and "\n" not in message for message in tally.bad)
+
+
+def test_the_limit_counts_groups_after_ties(tmp_path):
+    """MaPO's reader limits first and drops ties then: fewer rows than asked for."""
+    rows = read(pickapic(tmp_path / "t.parquet", [0.5, 1.0, 0.5, 0.0, 1.0]), max_train_samples=2)
+    assert [row.id for row in rows] == [1, 3]
+
+
+def test_validation_is_split_by_prompt(tmp_path):
+    path = pairs(tmp_path, 60, prompts=20)
+    train = read(path, validation_share=0.3, seed=5)
+    held = read(path, part="validation", validation_share=0.3, seed=5)
+    assert len(train) + len(held) == 60 and 3 <= len({row.prompt for row in held}) <= 10
+    assert not {row.prompt for row in train} & {row.prompt for row in held}
+    assert {row.id for row in held} != {row.id for row in read(path, part="validation", validation_share=0.3, seed=6)}
+    other = pairs(tmp_path, 3, name="held.jsonl")
+    assert len(read(path, part="validation", validation=str(other))) == 3 and len(read(path, validation=str(other))) == 60
+
+
+def test_near_identical_prompts_fall_on_one_side(tmp_path):
+    """Capitals, blanks and a full stop do not make another prompt: no spelling of a held-out prompt is trained on."""
+    path = pairs(tmp_path, 1)
+    row = json.loads(path.read_text())
+    jsonl(path, [{**row, "prompt": form.format(i)} for i in range(30) for form in ("prompt {}", "Prompt  {}.", " PROMPT {} ")])
+    held = [normalised(row.prompt) for row in read(path, part="validation", validation_share=0.5)]
+    assert 5 < len(set(held)) < 25 and all(held.count(prompt) == 3 for prompt in held)
+
+
+def test_normalised_prompts():
+    assert normalised("  A  Red\tRING. ") == normalised("a red ring") == "a red ring"
+    assert normalised("ﬁsh") == "fish"
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """Rows are yielded one by one: the first is there before a broken later line is reached."""
+    path = pairs(tmp_path, 2)
+    path.write_bytes(path.read_bytes() + b"{\n")
+    rows = read_rows(spec(path), Tally())
+    assert next(rows).id == 0 and next(rows).id == 1
+    with pytest.raises(DataError, match="line 3"):
+        next(rows)
+
+
+def test_reading_a_recipe_needs_no_torch():
+    program = "import sys, diffalign.data; diffalign.data.DataSpec(path='x'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

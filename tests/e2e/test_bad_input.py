@@ -1,0 +1,166 @@
+"""Each fault gets one clear line and exit code 2, before anything is half-written (issue: bad input)."""
+
+import errno
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from diffalign.cli import main
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "assets" / "tiny-sdxl"
+
+
+def png(value=0) -> bytes:
+    import io
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((64, 64, 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_pairs(path: Path, rows=4, label=1.0, broken=None, **columns):
+    table = {"jpg_0": [png(10 + i) for i in range(rows)], "jpg_1": [png(100 + i) for i in range(rows)],
+             "label_0": [label] * rows, "caption": [f"a red ring on a blue background {i}" for i in range(rows)], **columns}
+    if broken is not None:
+        table["jpg_0"][broken] = b"this is no picture"
+    pq.write_table(pa.table({k: v for k, v in table.items() if v is not None}), path)
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A tree that trains two steps; tests spoil one thing."""
+    tree = {"output_dir": str(tmp_path / "run"), "model": {"pretrained_model_name_or_path": str(MODEL), "lora": {"rank": 2}},
+            "data": {"path": str(write_pairs(tmp_path / "pairs.parquet"))}, "objective": {"kind": "dpo", "beta": 100},
+            "train": {"max_train_steps": 2, "train_batch_size": 2, "mixed_precision": "no", "cpu": True}}
+    file = tmp_path / "recipe.yaml"
+
+    def run(*overrides, command="train"):
+        file.write_text(yaml.safe_dump(tree))
+        return main([command, str(file), *overrides])
+    run.tree = tree
+    return run
+
+
+def refused(capsys, code, *words):
+    error = capsys.readouterr().err.strip().splitlines()
+    line = [text for text in error if text.startswith("diffalign: ")]
+    assert code == 2, error
+    assert len(line) == 1 and "Traceback" not in "\n".join(error)
+    for word in words:
+        assert word in line[0], line[0]
+    return line[0]
+
+
+def test_missing_model_folder(recipe, capsys, tmp_path):
+    refused(capsys, recipe(f"model.pretrained_model_name_or_path={tmp_path}/nothing"), "nothing")
+
+
+def test_pickle_weights(recipe, capsys, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(MODEL, folder)
+    for file in (folder / "unet").glob("*.safetensors"):
+        file.rename(file.with_name("diffusion_pytorch_model.bin"))
+    refused(capsys, recipe(f"model.pretrained_model_name_or_path={folder}"), "safetensors")
+
+
+def test_not_a_pipeline(recipe, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(capsys, recipe(f"model.pretrained_model_name_or_path={tmp_path}/empty"), "model_index.json")
+
+
+def test_unsupported_denoiser(recipe, capsys, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(MODEL, folder)
+    index = (folder / "model_index.json").read_text()
+    (folder / "model_index.json").write_text(index.replace("StableDiffusionXLPipeline", "WuerstchenDecoderPipeline"))
+    refused(capsys, recipe(f"model.pretrained_model_name_or_path={folder}"), "Wuerstchen")
+
+
+def test_unknown_key_and_bad_beta(recipe, capsys):
+    refused(capsys, recipe("train.lerning_rate=1"), "train.lerning_rate", "learning_rate")
+    refused(capsys, recipe("objective.beta=0"), "objective.beta", "above 0")
+
+
+def test_no_preference_column(recipe, capsys, tmp_path):
+    path = write_pairs(tmp_path / "bare.parquet", label_0=None)
+    refused(capsys, recipe(f"data.path={path}"), "bare.parquet", "label")
+
+
+def test_empty_data_set(recipe, capsys, tmp_path):
+    refused(capsys, recipe(f"data.path={write_pairs(tmp_path / 'none.parquet', rows=0)}"), "none.parquet")
+
+
+def test_all_rows_tied(recipe, capsys, tmp_path):
+    refused(capsys, recipe(f"data.path={write_pairs(tmp_path / 'ties.parquet', label=0.5)}"), "tie")
+
+
+def test_image_that_is_no_image(recipe, capsys, tmp_path):
+    path = write_pairs(tmp_path / "broken.parquet", broken=2)
+    refused(capsys, recipe(f"data.path={path}"), "row 2", "jpg_0")
+    assert recipe(f"data.path={path}", "data.bad_rows=skip") == 0
+
+
+def test_missing_data(recipe, capsys, tmp_path):
+    refused(capsys, recipe(f"data.path={tmp_path}/gone.parquet"), "gone.parquet")
+
+
+def test_checkpoint_of_another_config(recipe, capsys):
+    assert recipe() == 0
+    refused(capsys, recipe("train.learning_rate=0.5", "train.max_train_steps=3"), "train.learning_rate", "0.5")
+
+
+def test_checkpoint_of_another_base_model(recipe, capsys, tmp_path):
+    assert recipe() == 0
+    folder = tmp_path / "twin"
+    shutil.copytree(MODEL, folder)
+    from safetensors.torch import load_file, save_file
+    file = next((folder / "unet").glob("*.safetensors"))
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    save_file(weights | {name: weights[name] * 1.001}, file)
+    shutil.rmtree(MODEL.parent / "nothing", ignore_errors=True)
+    moved = tmp_path / "old"
+    shutil.move(str(tmp_path / "run"), moved)
+    # same recipe text, other weights under the same path
+    recipe.tree["model"]["pretrained_model_name_or_path"] = str(tmp_path / "base")
+    shutil.copytree(MODEL, tmp_path / "base")
+    assert recipe() == 0
+    shutil.rmtree(tmp_path / "base")
+    shutil.copytree(folder, tmp_path / "base")
+    refused(capsys, recipe("train.max_train_steps=3"), "base")
+
+
+def test_output_folder_not_writable(recipe, capsys, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("in the way")
+    refused(capsys, recipe(f"output_dir={blocker}/run"), "file")
+    assert blocker.read_text() == "in the way"
+
+
+def test_disk_full_while_saving(recipe, capsys, tmp_path, monkeypatch):
+    assert recipe("train.checkpointing_steps=1") == 0
+    kept = tmp_path / "run" / "checkpoint-2"
+    before = {file.name: file.read_bytes() for file in kept.iterdir() if file.is_file()}
+    from diffalign.train import checkpoint
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(checkpoint, "_write", full)
+    refused(capsys, recipe("train.checkpointing_steps=1", "train.max_train_steps=4"), "checkpoint")
+    assert {file.name: file.read_bytes() for file in kept.iterdir() if file.is_file()} == before
+    assert not list((tmp_path / "run").glob("checkpoint-3"))
+
+
+def test_judge_and_prompts(recipe, capsys, tmp_path):
+    refused(capsys, recipe(command="evaluate"), "evaluate")
+    refused(capsys, recipe(f"evaluate={{prompts: {tmp_path}/no.txt, judge: scenes}}", command="evaluate"), "no.txt")
+    (tmp_path / "p.txt").write_text("a red ring on a blue background\n")
+    refused(capsys, recipe(f"evaluate={{prompts: {tmp_path}/p.txt, judge: scens}}", command="evaluate"), "scens", "scenes")
+    refused(capsys, recipe(f"evaluate={{prompts: {tmp_path}/p.txt, judge: scenes}}", command="evaluate"), "train")

@@ -1,0 +1,188 @@
+"""The comparison end to end: rendered scenes with mistakes, and a real pipeline with a LoRA switched off and on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffalign import _compat  # noqa: F401
+from diffalign.errors import ConfigError, DataError
+from diffalign.evaluate import EvaluateSpec, lora_off_and_on, picture_seeds, read_prompts
+from diffalign.evaluate.compare import compare
+from diffalign.rewards import load_reward
+from diffalign.rewards.scenes import SceneChecker, parse
+
+from ..models import tiny
+from .scenes import prompts, side
+
+
+def spec(**fields) -> EvaluateSpec:
+    return EvaluateSpec(
+        **{"prompts": "unused.txt", "judge": "scenes", "bootstrap_resamples": 500, "grid_prompts": 4, **fields}
+    )
+
+
+def run(base, aligned, texts, fields=None, judge=None, **options):
+    return compare(base, aligned, texts, judge or SceneChecker(), spec(**(fields or {})), progress=None, **options)
+
+
+def test_better_worse_and_level_are_told_apart():
+    texts = prompts(96)
+    good, bad = side(0.1, 1), side(0.7, 2)
+    assert run(bad, good, texts).statistics.verdict == "better"
+    assert run(good, bad, texts).statistics.verdict == "worse"
+    same = run(good, good, texts).statistics
+    assert (same.verdict, same.ties, same.win_rate, same.difference) == ("undecided", 96, 0.5, 0.0)
+
+
+def test_figures_are_the_judges_own():
+    texts, judge = prompts(10), SceneChecker()
+    found = run(side(0.5, 1), side(0.5, 2), texts, {"seeds": 3, "batch_size": 4})
+    assert found.base_scores.shape == found.seeds.shape == (10, 3)
+    again = judge(side(0.5, 1)([texts[7]] * 3, found.seeds[7].tolist()), [texts[7]] * 3)
+    assert np.array_equal(found.base_scores[7], again.numpy())
+    assert found.statistics.base_score == pytest.approx(float(found.base_scores.mean()), abs=1e-6)
+
+
+def test_block_size_does_not_matter():
+    texts = prompts(13)
+    one, many = (run(side(0.4, 1), side(0.4, 2), texts, {"seeds": 2, "batch_size": size}) for size in (1, 100))
+    assert one.statistics == many.statistics and [t.index for t in one.tiles] == [t.index for t in many.tiles]
+    assert [t.gain for t in one.best] == [t.gain for t in many.best]
+
+
+def test_seeds_belong_to_the_prompt_and_repeats_differ():
+    table = picture_seeds(["a", "b", "a"], 2, 0)
+    turned = picture_seeds(["b", "a", "a"], 2, 0)
+    assert np.array_equal(table[0], turned[1]) and np.array_equal(table[1], turned[0])
+    assert len(np.unique(table)) == 6
+
+
+def test_seed_of_the_recipe_wins_over_the_runs():
+    """evaluate.seed null takes the run's."""
+
+    def seeds(**options):
+        return run(side(0, 1), side(0, 1), prompts(3), options.pop("fields", None), **options).seeds
+
+    assert np.array_equal(seeds(run_seed=5), seeds(fields={"seed": 5})) and not np.array_equal(seeds(), seeds(run_seed=5))
+    assert np.array_equal(seeds(fields={"seed": 5}, run_seed=9), seeds(run_seed=5))
+
+
+def test_extremes_are_the_largest_and_random_rows_are_fixed():
+    texts = prompts(60)
+    found = run(side(0.5, 1), side(0.5, 2), texts, extremes=3)
+    gains = (found.aligned_scores - found.base_scores).ravel()
+    assert [t.gain for t in found.best] == pytest.approx(sorted(gains)[::-1][:3])
+    assert [t.gain for t in found.worst] == pytest.approx(sorted(gains)[:3])
+    assert len(found.tiles) == 4 and [t.index for t in found.tiles] == sorted(t.index for t in found.tiles)
+    assert [t.index for t in found.tiles] != [0, 1, 2, 3] and found.tiles[0].prompt == texts[found.tiles[0].index]
+
+
+def test_unscorable_prompts_are_counted_not_zero():
+    texts = [*prompts(20), "an oil painting of a fox"]
+    found = run(side(0.0, 1), side(0.0, 1), texts)
+    assert (found.statistics.prompts, found.statistics.unscored) == (20, 1) and np.isnan(found.base_scores[20]).all()
+    with pytest.raises(ConfigError, match='evaluate.judge: reward "scenes" could score none of 2 pairs'):
+        run(side(0, 1), side(0, 1), ["a fox", "a hen"])
+
+
+def test_categories():
+    texts = prompts(40)
+    kinds = [parse(text).kind for text in texts]
+    found = run(side(0.6, 1), side(0.1, 2), texts, categories=kinds)
+    assert set(found.categories) == set(kinds) and sum(part.prompts for part in found.categories.values()) == 40
+
+
+def test_without_a_judge_there_are_pictures_only():
+    found = compare(side(0.5, 1), side(0.5, 2), prompts(6), None, spec(judge=None), progress=None)
+    assert found.statistics is None and found.base_scores is None and found.judge is None and not found.best
+    assert len(found.tiles) == 4 and found.tiles[0].base_score is None
+
+
+def test_drift_is_flagged_when_the_pictures_turn_bright():
+    def brighter(texts, seeds):
+        return [Image.eval(image, lambda v: min(255, v + 90)) for image in side(0.0, 1)(texts, seeds)]
+
+    calm, hot = run(side(0, 1), side(0, 1), prompts(30)), run(side(0, 1), brighter, prompts(30))
+    assert not any(item.flagged for item in calm.drift)
+    flagged = {item.name: item for item in hot.drift if item.flagged}
+    assert "brightness" in flagged and flagged["brightness"].shift > 0.5
+
+
+def test_wrong_sides_are_refused():
+    with pytest.raises(DataError, match="no prompt"):
+        run(side(0, 1), side(0, 1), [])
+    with pytest.raises(ValueError, match="3 pictures came back for 4 prompts"):
+        run(lambda texts, seeds: side(0, 1)(texts, seeds)[:3], side(0, 1), prompts(4))
+
+
+def test_lora_off_is_the_base_and_on_is_not(tmp_path):
+    """One pipeline, adapter switched: the base side equals the pipeline without any LoRA, bit for bit."""
+    from diffusers import DiffusionPipeline
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    folder = tiny.make("sdxl", tmp_path)
+    plain, tuned = (DiffusionPipeline.from_pretrained(folder) for _ in range(2))
+    tuned.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    with torch.no_grad():
+        for name, weight in tuned.unet.named_parameters():
+            if "lora" in name:
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    options = spec(num_inference_steps=2, batch_size=2, judge="brightness")
+    off, on = lora_off_and_on(tuned, options)
+    texts, judge = ["a red ring", "a circle", "red"], load_reward("brightness")
+    same = compare(plain, off, texts, judge, options, progress=None)
+    other = compare(off, on, texts, judge, options, progress=None)
+    assert np.array_equal(same.base_scores, same.aligned_scores) and same.statistics.ties == 3
+    assert (other.base_scores != other.aligned_scores).all() and np.array_equal(other.base_scores, same.base_scores)
+    assert not any(layer.disable_adapters for layer in tuned.unet.modules() if isinstance(layer, BaseTunerLayer))
+
+
+def test_adapters_are_on_again_after_a_failure():
+    class Pipe:
+        components, calls = {}, []
+
+        def disable_lora(self):
+            self.calls.append("off")
+
+        def enable_lora(self):
+            self.calls.append("on")
+
+        def set_progress_bar_config(self, **_): ...
+
+        def __call__(self, **_):
+            raise RuntimeError("lost the device")
+
+    pipe = Pipe()
+    with pytest.raises(RuntimeError):
+        lora_off_and_on(pipe, spec())[0](["a"], [1])
+    assert pipe.calls == ["off", "on"]
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "a.txt").write_text('\ufeffa red ring\n\n  "quoted" & <b>\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "a.txt").texts == ["a red ring", '"quoted" & <b>']
+    (tmp_path / "b.tsv").write_text('Prompt\tCategory\tNote\na "fox\tAnimals\t\nhens\tAnimals\tx\n')
+    table = read_prompts(tmp_path / "b.tsv")
+    assert (table.texts, table.categories) == (['a "fox', "hens"], ["Animals", "Animals"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.txt", None, "cannot read .*gone.txt: No such file"),
+        ("empty.txt", b"\n \n", "holds no prompt"),
+        ("bytes.txt", b"\xff\xfe\x00x", "is not UTF-8 text"),
+        ("t.tsv", b"Text\nx\n", 'line 1 names no column "Prompt"'),
+        ("short.tsv", b"Category\tPrompt\nx\n", "line 2 has no prompt"),
+    ],
+)
+def test_bad_prompt_files_are_one_line(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_prompts(tmp_path / name)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,144 @@
+"""Rewards by name, and the exact rules with their arithmetic."""
+
+from __future__ import annotations
+
+import io
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffalign import rewards
+from diffalign.errors import ConfigError
+from diffalign.rewards import REWARDS, load_reward, reward_names
+from diffalign.rewards.base import as_pil, pixels
+
+
+def flat(*colour: int, size: int = 8) -> Image.Image:
+    return Image.new("RGB", (size, size), colour)
+
+
+def test_brightness_by_hand():
+    """BT.601: red 0.299, green 0.587, blue 0.114; (51, 102, 204)/255 = 0.2, 0.4, 0.8: 0.0598 + 0.2348 + 0.0912 = 0.3858."""
+    images = [flat(0, 0, 0), flat(255, 255, 255), flat(255, 0, 0), flat(51, 102, 204)]
+    assert load_reward("brightness")(images, [""] * 4).tolist() == pytest.approx([0, 1, 0.299, 0.3858], abs=1e-6)
+
+
+def test_colourfulness_by_hand():
+    """Pure red: rg = 255, yb = 127.5, no spread: 0.3 * sqrt(255^2 + 127.5^2) = 85.5297.
+    Half red, half green: rg = +-255 (mean 0, deviation 255), yb = 127.5: 255 + 0.3 * 127.5 = 293.25. Grey: 0.
+    """
+    half = Image.fromarray(
+        np.stack([np.full((4, 4, 3), (255, 0, 0)), np.full((4, 4, 3), (0, 255, 0))]).reshape(8, 4, 3).astype("uint8")
+    )
+    scores = load_reward("colourfulness")([flat(255, 0, 0), half, flat(90, 90, 90)], [""] * 3)
+    assert scores.tolist() == pytest.approx([0.3 * math.hypot(255, 127.5), 293.25, 0], abs=1e-3)
+
+
+def test_compressibility_is_minus_kilobytes():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype="uint8"))
+    target = io.BytesIO()
+    noise.save(target, "JPEG", quality=95)
+    plain, noisy = load_reward("compressibility")([flat(9, 9, 9, size=64), noise], ["", ""]).tolist()
+    assert noisy == pytest.approx(-len(target.getvalue()) / 1000) and plain > noisy
+
+
+@pytest.mark.parametrize("name", ["brightness", "colourfulness", "compressibility"])
+def test_batch_equals_singles_and_all_forms_agree(name):
+    reward, random = load_reward(name), np.random.default_rng(1)
+    images = [Image.fromarray(random.integers(0, 256, (16, 24, 3), dtype="uint8")) for _ in range(13)]
+    batch = reward(images, [""] * 13)
+    assert batch.dtype == torch.float32 and torch.equal(batch, torch.cat([reward([image], [""]) for image in images]))
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    assert torch.allclose(reward(stacked, [""] * 13), batch, atol=1e-5)
+    assert torch.allclose(reward(stacked.float() / 255, [""] * 13), batch, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["brightness", "colourfulness", "compressibility"])
+def test_gradients_exist_exactly_where_promised(name):
+    reward = load_reward(name)
+    images = torch.rand(2, 3, 8, 8, requires_grad=True)
+    score = reward(images, ["", ""]).sum()
+    assert score.requires_grad == reward.differentiable
+    if reward.differentiable:
+        score.backward()
+        assert images.grad.isfinite().all() and images.grad.abs().sum() > 0
+
+
+def test_grey_picture_has_a_finite_gradient():
+    images = torch.full((1, 3, 4, 4), 0.5, requires_grad=True)
+    load_reward("colourfulness")(images, [""]).sum().backward()
+    assert images.grad.isfinite().all()
+
+
+def test_broken_file_is_nan_not_zero(tmp_path):
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype="uint8")).save(whole, "PNG")
+    (tmp_path / "cut.png").write_bytes(whole.getvalue()[:3000])
+    scores = load_reward("brightness")([Image.open(tmp_path / "cut.png"), flat(255, 255, 255)], ["", ""])
+    assert scores[0].isnan() and scores[1] == 1
+
+
+def test_counts_and_kinds_are_checked():
+    with pytest.raises(ValueError, match="2 pictures for 1 prompts"):
+        load_reward("brightness")([flat(0, 0, 0)] * 2, [""])
+    with pytest.raises(TypeError, match="a picture is PIL"):
+        pixels(np.zeros((4, 4)))
+
+
+def test_conversion_rounds_half_up():
+    assert as_pil(torch.full((3, 1, 1), 0.5)).getpixel((0, 0)) == (128,) * 3
+    assert as_pil(Image.new("RGBA", (1, 1), (1, 2, 3, 4))).mode == "RGB"
+
+
+def test_every_name_loads_and_calls_itself_so():
+    assert set(REWARDS) <= set(reward_names())
+    assert all(load_reward(name).name == name for name in REWARDS)
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("brightnes", "brightness"), ("colorfulness", "colourfulness"), ("scene", "scenes")]
+)
+def test_unknown_name_says_what_was_meant(typo, meant):
+    with pytest.raises(ConfigError, match=f'unknown reward "{typo}". Did you mean "{meant}"'):
+        load_reward(typo)
+    with pytest.raises(ConfigError, match="Known rewards: brightness, "):
+        load_reward("zzz")
+
+
+def test_bad_options_are_a_sentence():
+    with pytest.raises(ConfigError, match='reward "compressibility" refuses its options .*quality must lie in 1..100, got 0'):
+        load_reward("compressibility", quality=0)
+    with pytest.raises(ConfigError, match='"brightness" refuses'):
+        load_reward("brightness", nonsense=1)
+
+
+class Point:
+    """An entry point as importlib.metadata gives it."""
+
+    def __init__(self, name, target):
+        self.name, self.target, self.value, self.dist = name, target, "some_package:Thing", None
+
+    def load(self):
+        return self.target()
+
+
+def test_entry_points(monkeypatch):
+    def fails():
+        raise ImportError("no module named wings")
+
+    points = [Point("mine", lambda: dict), Point("sick", fails), Point("brightness", fails)]
+    monkeypatch.setattr(rewards, "entry_points", lambda group: points if group == "diffalign.rewards" else [])
+    assert load_reward("mine", a=1) == {"a": 1} and "mine" in reward_names()
+    assert load_reward("brightness").name == "brightness"  # a built-in wins
+    with pytest.raises(ConfigError, match='"sick" of the package some_package:Thing cannot be loaded: no module named wings'):
+        load_reward("sick")
+
+
+def test_listing_names_imports_nothing_heavy():
+    code = "import sys, diffalign.rewards as r, diffalign.evaluate; r.reward_names(); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

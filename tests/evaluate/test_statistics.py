@@ -1,0 +1,140 @@
+"""Win rates by hand, intervals by simulation, sentences by eye."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from diffalign.evaluate.statistics import bootstrap, outcomes, paired, prompts_needed, wilson
+
+NAN = float("nan")
+
+
+def column(*values) -> np.ndarray:
+    return np.asarray(values, float)[:, None]
+
+
+def test_win_rate_with_ties_by_hand():
+    """4 wins, 3 ties, 1 loss over 8 prompts: (4 + 3/2)/8 = 0.6875; sign test of 4 against 1: 2 * (5 + 1)/32 = 0.375."""
+    base = column(0, 0, 0, 0, 1, 1, 1, 1)
+    aligned = column(1, 1, 1, 1, 1, 1, 1, 0)
+    result = paired(base, aligned)
+    assert (result.wins, result.ties, result.losses, result.pairs, result.prompts) == (4, 3, 1, 8, 8)
+    assert result.win_rate == 0.6875 and result.sign_test == pytest.approx(0.375)
+    assert (result.base_score, result.aligned_score, result.difference) == (0.5, 0.875, 0.375)
+
+
+def test_seeds_are_averaged_inside_a_prompt():
+    """Prompt 1: win, win, loss, tie = 2.5/4; prompt 2: ties = 0.5. Mean 0.5625. The prompt is the unit, not the picture."""
+    base, aligned = np.zeros((2, 4)), np.asarray([[1.0, 1, -1, 0], [0, 0, 0, 0]])
+    result = paired(base, aligned)
+    assert result.win_rate == 0.5625 and (result.wins, result.ties, result.losses) == (2, 5, 1)
+    assert result.sign_test == 1.0  # one prompt won, none lost: 2 * 1/2
+
+
+def test_unscored_pictures_leave_as_pairs():
+    """Prompt 1 loses its second seed, prompt 2 all: one prompt, one win is left; base's 5 never enters a mean."""
+    result = paired(np.asarray([[0.0, NAN], [5.0, NAN]]), np.asarray([[1.0, 9.0], [NAN, NAN]]))
+    assert (result.prompts, result.pairs, result.unscored) == (1, 1, 3)
+    assert (result.win_rate, result.base_score, result.aligned_score) == (1.0, 0.0, 1.0)
+    assert paired(column(NAN), column(1.0)) is None
+
+
+def test_equal_up_to_rounding_is_a_tie():
+    assert outcomes(np.asarray([1.0, 1.0, 1e6, NAN]), np.asarray([1 + 1e-9, 1.001, 1e6 + 0.5, 1.0])).tolist()[:3] == [
+        0.5,
+        1,
+        0.5,
+    ]
+
+
+def test_swapping_sides_mirrors_everything():
+    random = np.random.default_rng(0)
+    base, aligned = random.integers(0, 4, (2, 60, 2)) / 4
+    one, two = paired(base, aligned, seed=3), paired(aligned, base, seed=3)
+    assert one.win_rate == pytest.approx(1 - two.win_rate) and one.wins == two.losses
+    assert one.win_rate_low == pytest.approx(1 - two.win_rate_high, abs=1e-12)
+    assert one.difference_low == pytest.approx(-two.difference_high, abs=1e-12) and one.sign_test == two.sign_test
+
+
+def test_interval_is_a_function_of_the_seed():
+    random = np.random.default_rng(1)
+    base, aligned = random.normal(size=(2, 50, 1))
+    assert paired(base, aligned, seed=1) == paired(base, aligned, seed=1) != paired(base, aligned, seed=2)
+
+
+def test_coverage_with_ties():
+    """400 experiments, 100 prompts, 30 % wins, 30 % ties, 40 % losses: truth 0.45; 95 % +- 3 errors of 1.1 %."""
+    random, inside = np.random.default_rng(7), 0
+    for experiment in range(400):
+        aligned = random.choice([1.0, 0.0, -1.0], p=[0.3, 0.3, 0.4], size=(100, 1))
+        result = paired(np.zeros((100, 1)), aligned, seed=experiment, resamples=1000)
+        inside += result.win_rate_low <= 0.45 <= result.win_rate_high
+    assert 0.92 <= inside / 400 <= 0.98
+
+
+def test_false_alarms_on_identical_models():
+    """No difference, small sample, two-seed prompts: either verdict must stay near 5 %, also with 20 prompts."""
+    random = np.random.default_rng(8)
+    verdicts = [paired(*random.normal(size=(2, 20, 2)), seed=i, resamples=500).verdict for i in range(400)]
+    assert 1 - verdicts.count("undecided") / 400 < 0.08
+
+
+def test_interval_matches_the_normal_one_when_large():
+    """n = 2000 of 0/1 with mean 0.6: sd 0.4899, 1.96 * 0.4899/sqrt(2000) = 0.0215."""
+    rows = np.asarray([[1.0] * 1200 + [0.0] * 800])
+    ((low, high),) = bootstrap(rows, seed=0, resamples=10_000)
+    assert low == pytest.approx(0.6 - 0.0215, abs=1.5e-3) and high == pytest.approx(0.6 + 0.0215, abs=1.5e-3)
+
+
+def test_unanimous_prompts_are_not_certainty():
+    """3 of 3 wins: resampling would give [1, 1] and "better"; Wilson says [3/(3 + 1.96^2), 1] = [0.4385, 1]."""
+    result = paired(column(0, 0, 0), column(1, 1, 1))
+    assert result.win_rate_low == pytest.approx(0.4385, abs=1e-4)
+    assert (result.win_rate_high, result.verdict) == (1.0, "undecided")
+
+
+@pytest.mark.parametrize(("won", "of"), [(290, 500), (1142, 1632), (0, 5), (5, 5)])
+def test_wilson_is_scipys(won, of):
+    expected = binomtest(won, of).proportion_ci(method="wilson")
+    assert wilson(won / of, of) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_wilson_by_the_card():
+    """evaluation.md section 9: 290/500 -> [0.5363, 0.6225], 1142/1632 -> [0.6771, 0.7215]."""
+    assert [round(x, 4) for x in (*wilson(0.58, 500), *wilson(1142 / 1632, 1632))] == [0.5363, 0.6225, 0.6771, 0.7215]
+
+
+def test_prompts_needed_by_hand():
+    """Win rate 0.6 of 0/1: variance 0.24 * 100/99; (1.96 + 0.8416)^2 = 7.849; 0.2424 * 7.849/0.01 = 190.3 -> 191."""
+    assert prompts_needed(np.asarray([1.0] * 60 + [0.0] * 40)) == 191
+    assert prompts_needed(np.full(10, 0.5)) is None
+
+
+def test_prompts_needed_has_its_power():
+    """At that size, with that truth, about four runs of five are decided."""
+    random = np.random.default_rng(5)
+    runs = [
+        paired(np.full((191, 1), 0.5), random.binomial(1, 0.6, (191, 1)).astype(float), seed=i, resamples=400)
+        for i in range(200)
+    ]
+    assert 0.7 < sum(run.verdict == "better" for run in runs) / 200 < 0.9
+
+
+def test_sentences():
+    better = paired(np.zeros((60, 1)), np.ones((60, 1)))
+    worse = paired(np.ones((60, 1)), np.zeros((60, 1)))
+    level = paired(np.ones((60, 1)), np.ones((60, 1)))
+    open_ = paired(np.zeros((50, 1)), column(*[1.0] * 28, *[-1.0] * 22))
+    assert better.sentence.startswith(
+        "The aligned model is better: it wins 100.0% of 60 prompts (95% interval 94.0% to 100.0%"
+    )
+    assert worse.sentence.startswith("The aligned model is worse: it wins only 0.0% of 60 prompts")
+    assert level.verdict == "undecided" and level.sentence.endswith("The two are level.")
+    assert open_.sentence.startswith("No difference is shown at this size") and "it needs about 550 prompts" in open_.sentence
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match="one shape"):
+        paired(np.zeros((3, 1)), np.zeros((4, 1)))
