@@ -15,6 +15,8 @@ class TrainSpec:
     ema_decay: null keeps no moving average. report_to: accelerate's tracker names; metrics.jsonl is always written.
     resume: "auto" continues from the newest valid checkpoint in output_dir, "never" refuses to touch an old run.
     validation_steps: every how many steps the held-out preference accuracy is measured (0: only at both ends).
+    dataloader_num_workers: above 0, the next step's batches are read in a thread meanwhile. allow_change: recipe keys that
+    may differ from the checkpoint's on resume, such as ("train.learning_rate",).
     """
 
     max_train_steps: int = 1000
@@ -42,6 +44,7 @@ class TrainSpec:
     report_to: tuple[str, ...] = ()
     dataloader_num_workers: int = 0
     cpu: bool = False
+    allow_change: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):

@@ -1,0 +1,13 @@
+"""Training: the loop and what makes it reliable. Knows protocols, never a concrete model, method or data set."""
+
+from .feed import Source
+from .guard import Preempted, TrainingError
+from .hooks import Hook
+from .launch import make_accelerator
+from .spec import TrainSpec
+from .state import RunState, Summary
+from .trainer import Bank, fit
+from .world import Distributed, Single, World, world_of
+
+__all__ = ["Bank", "Distributed", "Hook", "Preempted", "RunState", "Single", "Source", "Summary", "TrainSpec",
+           "TrainingError", "World", "fit", "make_accelerator", "world_of"]

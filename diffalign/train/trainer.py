@@ -1,0 +1,406 @@
+"""The training loop, and nothing about any method, model or data set.
+
+A step: take the groups, add up their losses over micro-batches and processes, divide once by the global count of groups,
+agree that everything is finite, and only then move the weights. Everything random is keyed by (seed, step) or by row, so
+that a resumed run repeats the uncut one to the bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import rng
+from ..errors import CheckpointError
+from ..methods import Context, Method
+from ..models.base import Denoiser
+from ..types import Memory
+from . import checkpoint, guard
+from .feed import Feed, Source, to_device
+from .hooks import Hook, Log, Progress, Recent, Saturation, truncate_log
+from .identity import check_same_run, plain
+from .launch import make_accelerator, start_trackers, stop_trackers
+from .optim import Average, build_optimizer, learning_rates, load_optimizer_state, optimizer_state, set_learning_rate
+from .spec import TrainSpec
+from .state import RunState, Summary, Window
+from .tally import Tally, Totals
+from .world import check_same_weights, raise_together, world_of
+
+CHECK_MOVED = 3  # updates: LoRA's first matrix gets its first gradient at the second
+EXPORT_LIMIT = 2**30  # bytes of trainable weights up to which every checkpoint also holds the files that users load
+
+Validation = Callable[["Bank", int], dict[str, float]]
+
+
+class Bank(Protocol):
+    """What the loop needs of a weight bank (``diffalign.models.weights.WeightBank``)."""
+
+    denoiser: Denoiser
+    identity: str
+
+    def predict(self, name: str, xt: Tensor, t: Tensor, cond) -> Tensor: ...
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]: ...
+
+    def advance(self, step: int) -> None: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None: ...
+
+    def save(self, folder: Path, metadata: dict[str, str]) -> None: ...
+
+
+def fit(*, method: Method, bank: Bank, source: Source, spec: TrainSpec, seed: int, output_dir: Path, config: dict,
+        hooks: Sequence[Hook] = (), validation: Validation | None = None, identity: dict[str, str] | None = None,
+        metadata: dict[str, str] | None = None, accelerator=None, progress: bool = True) -> Summary:
+    """Train ``bank``'s policy; resume first when ``output_dir`` holds a checkpoint of the same run.
+
+    config: the resolved recipe, written into each checkpoint and compared on resume. identity: hashes of what else the run
+    depends on, such as the base model's. metadata: texts for the header of the files that users load. validation(bank,
+    step): on all ranks, without gradients, with the averaged weights when an average is kept; at step 0, every
+    ``validation_steps`` and at the end. accelerator: one from ``make_accelerator``, when the caller needed it earlier.
+
+    Afterwards the bank holds the weights that were saved into ``output_dir`` (the moving average when there is one).
+    Raises CheckpointError, TrainingError, ResourceError; Preempted (exit code 75) when a signal asked to stop.
+    """
+    output_dir = Path(output_dir)
+    checkpoint.check_writable(output_dir)
+    accelerator = accelerator or make_accelerator(spec, output_dir)
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError("the accelerator must not accumulate: the loop divides by the global count of groups itself")
+    trainer = _Trainer(method, bank, source, spec, seed, output_dir, config, validation, identity or {}, metadata or {},
+                       accelerator, progress)
+    with trainer.signals, trainer.running():
+        return trainer.run(hooks)
+
+
+class _Trainer:
+    """One call of ``fit``."""
+
+    def __init__(self, method, bank, source, spec, seed, output_dir, config, validation, identity, metadata, accelerator,
+                 progress):
+        self.method, self.bank, self.spec, self.seed, self.output_dir = method, bank, spec, seed, output_dir
+        self.source, self.validation, self.accelerator = source, validation, accelerator
+        self.config, self.metadata = plain(config), metadata
+        self.identity = {**identity, "reference": bank.identity, "data": source.identity, "seed": str(seed)}
+        self.world, self.device = world_of(accelerator), accelerator.device
+        self.groups_per_step = spec.train_batch_size * spec.gradient_accumulation_steps * self.world.size
+        self.state, self.initial_loss, self.saved_step, self.save_is_due, self.skips = RunState(), None, None, False, 0
+        self.signals, self.notes = guard.Signals(), []
+        self._place()
+        self.feed = Feed(source, self.device, spec.dataloader_num_workers > 0, spec.max_train_steps)
+        self.recent = Recent()
+        self.visible = progress and self.world.rank == 0
+        self.log = Log(output_dir, spec.logging_steps, writes=self.world.rank == 0, measure=self._measure,
+                       tracker=accelerator.log if spec.report_to else None)
+
+    def _place(self) -> None:
+        """Model, optimizer and average on the device, in accelerate's wrapping."""
+        self.bank.denoiser.module.train()
+        self.bank.denoiser.module = self.accelerator.prepare_model(self.bank.denoiser.module)
+        self.params = self.bank.trainable()
+        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.params, self.spec))
+        self.rate = learning_rates(self.spec)
+        self.average = Average(self.params, self.spec.ema_decay) if self.spec.ema_decay is not None else None
+        self.start = guard.Start(self.params)
+
+    @contextmanager
+    def running(self):
+        """Whatever happens, the caller gets its plain module back, and threads and trackers end."""
+        self.progress = Progress(self.spec.max_train_steps, self.spec.logging_steps, visible=False)
+        try:
+            yield
+        finally:
+            self.feed.close()
+            self.progress.close()
+            stop_trackers(self.accelerator)
+            self.bank.denoiser.module = self.accelerator.unwrap_model(self.bank.denoiser.module, keep_fp32_wrapper=False)
+            self.accelerator.free_memory()
+
+    def run(self, hooks: Sequence[Hook]) -> Summary:
+        self._resume()
+        start_trackers(self.accelerator, self.spec, self.config)
+        self._begin()
+        watchers = [self.log, self.progress, Saturation(self.progress.say), *hooks]
+        state, spec, stopping = self.state, self.spec, False
+        while state.step < spec.max_train_steps:
+            clock = time.monotonic()
+            totals = self._step()
+            state.seconds += time.monotonic() - clock
+            for hook in watchers:
+                hook.after_step(state, totals.report)
+            self.recent.add(totals.report)
+            if spec.validation_steps and state.step % spec.validation_steps == 0:
+                self._validate()
+            stopping = stopping or totals.stop
+            self._save_if_due(stopping)
+            if stopping and self.saved_step == state.step:
+                raise guard.Preempted(f"stopped by a signal after step {state.step} of {spec.max_train_steps}; "
+                                      f"checkpoint-{state.step} is saved: resume by running the same command again")
+        return self._finish()
+
+    # one step
+
+    def _step(self) -> Totals:
+        """Gradients of sum / global count, a check on all ranks, the update."""
+        with guard.readable_out_of_memory(self.spec, self.device):
+            totals, traces = self._gradients()
+            self._check_finite(totals, traces)
+            self._update(totals)
+        return totals
+
+    def _gradients(self) -> tuple[Totals, list[guard.Trace]]:
+        self.optimizer.zero_grad(set_to_none=True)
+        micros = self.feed.take(self.state.step)
+        counts = [batch.valid.any(1).sum() for batch in micros]  # a group without a candidate is padding
+        groups = self.world.sum(torch.stack(counts).sum().to(self.device)).clamp(min=1)
+        tally, traces = Tally(self.device), []
+        for index, (batch, count) in enumerate(zip(micros, counts)):
+            is_last = index == len(micros) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.bank.denoiser.module):
+                loss, trace = self._loss(batch, index)
+                # DDP averages over ranks; times the number of ranks it is a sum
+                self.accelerator.backward(loss.per_group.sum() * (self.world.size / groups))
+            tally.add(loss, count)
+            traces.append(trace)
+        norm = self.accelerator.clip_grad_norm_(list(self.params.values()), self.spec.max_grad_norm)
+        return tally.reduce(self.world, norm, self.signals.asked), traces
+
+    def _loss(self, batch, index: int):
+        """The method's loss for one micro-batch. Only dropout reads the global generator, which is keyed too."""
+        torch.manual_seed(rng.integer(self.seed, "dropout", self.state.step, index, self.world.rank))
+        trace = guard.Trace(batch)
+        loss = self.method.loss(to_device(batch, self.device), self._context(trace))
+        trace.per_group = loss.per_group.detach()
+        return loss, trace
+
+    def _context(self, trace: guard.Trace | None = None) -> Context:
+        def predict(name, xt, t, cond):
+            if trace is not None and name == "policy":
+                trace.t.append(t)
+            # a context of its own for each pass: autocast would reuse weights cast without gradients
+            with self.accelerator.autocast():
+                return self.bank.predict(name, xt, t, cond)
+
+        denoiser = self.bank.denoiser
+        return Context(predict=predict, process=denoiser.process, param=denoiser.param, seed=self.seed,
+                       step=self.state.step, memory=self.state.memory)
+
+    def _check_finite(self, totals: Totals, traces: list[guard.Trace]) -> None:
+        """All ranks see the same totals, so all stop, or none."""
+        loss_is_finite, norm_is_finite = (abs(x) < float("inf") for x in (totals.loss, totals.grad_norm))
+        overflow = self.accelerator.scaler is not None and loss_is_finite and not norm_is_finite
+        self.skips = self.skips + 1 if overflow else 0
+        if (loss_is_finite and norm_is_finite) or (overflow and self.skips < guard.SKIPS):
+            return
+        texts = self.world.gather(guard.nonfinite_rows(traces, self.world.rank))
+        raise guard.nonfinite_error(self.state.step + 1, totals.loss, totals.grad_norm, texts)
+
+    def _update(self, totals: Totals) -> None:
+        state = self.state
+        state.learning_rate = self.rate(state.step)
+        set_learning_rate(self.optimizer, state.learning_rate)
+        self.optimizer.step()
+        state.memory.update(totals.observed)
+        norm = totals.grad_norm if totals.grad_norm < float("inf") else float("nan")
+        totals.report.update(grad_norm=(norm, 1.0) if norm == norm else (0.0, 0.0),
+                             clipped=(float(norm > self.spec.max_grad_norm), 1.0))
+        if not self.accelerator.optimizer_step_was_skipped:
+            state.updates += 1
+            if self.average is not None:
+                self.average.update()
+            self._check_moved()
+        self.bank.advance(state.step)
+        state.step += 1
+        state.samples += self.groups_per_step
+
+    def _check_moved(self) -> None:
+        """After the third update (or the last step's), and again when the warm-up is over if something stood still."""
+        state, last = self.state, self.state.step + 1 == self.spec.max_train_steps
+        warming_up = self.spec.lr_scheduler != "constant" and state.step + 1 < self.spec.lr_warmup_steps
+        if state.updates <= CHECK_MOVED:
+            self.start.note_gradients(self.params)
+        first, after_warmup = state.updates == CHECK_MOVED, state.step == self.spec.lr_warmup_steps
+        if self.accelerator.scaler is not None and warming_up:
+            return  # tiny weights vanish in float16, and their gradients with them
+        if first or (last and state.updates < CHECK_MOVED) or (after_warmup and state.updates > CHECK_MOVED):
+            guard.check_moved(state.step + 1, self.start, self.params, warming_up and not last)
+
+    # both ends
+
+    def _begin(self) -> None:
+        self.progress = Progress(self.spec.max_train_steps, self.spec.logging_steps, initial=self.state.step,
+                                 visible=self.visible)
+        count = sum(p.numel() for p in self.params.values())
+        self.progress.say(f"training {count:,} parameters in {len(self.params)} tensors on {self.device} "
+                          f"({self.spec.mixed_precision}), {self.groups_per_step} pairs a step ({self.spec.train_batch_size} "
+                          f"x {self.spec.gradient_accumulation_steps} accumulated x {self.world.size} processes), "
+                          f"steps {self.state.step} to {self.spec.max_train_steps}")
+        for note in self.notes:
+            self.progress.say(note)
+        if self.saved_step is None:
+            self._check_start()
+            self._validate()
+            self.state.validation_start = self.state.validation_end
+
+    def _check_start(self) -> None:
+        """Every weight set must agree with the policy before the first step; prints the loss that this gives."""
+        batch = self.feed.take(0)[0]
+        with guard.readable_out_of_memory(self.spec, self.device):
+            loss, apart = guard.compare_sets(self.method, to_device(batch, self.device), self._context())
+        raise_together(self.world, guard.disagreement_error(apart))
+        local = torch.stack([loss.per_group.sum().double(), batch.valid.any(1).sum().to(self.device).double()])
+        total, groups = self.world.sum(local).tolist()
+        self.initial_loss = total / max(1.0, groups)
+        why = f" (policy = {', '.join(apart)}, margin 0; logistic DPO gives ln 2 = 0.693)" if apart else ""
+        self.progress.say(f"initial loss {self.initial_loss:.4f}{why}")
+
+    def _validate(self, partial: bool = False) -> None:
+        state = self.state
+        if self.validation is None or state.validated == state.step:
+            return
+        module = self.bank.denoiser.module
+        module.eval()
+        with self._averaged(), torch.no_grad(), self.accelerator.autocast():
+            state.validation_end = dict(self.validation(self.bank, state.step))
+        module.train()
+        state.validated = state.step
+        self.log.write(state.step, {f"validation/{name}": value for name, value in state.validation_end.items()}, partial)
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in state.validation_end.items())
+        self.progress.say(f"validation at step {state.step}: {figures}")
+
+    def _finish(self) -> Summary:
+        state = self.state
+        if state.window.values:
+            self.log.line(state, partial=True)
+        on_grid = self.spec.validation_steps and state.step % self.spec.validation_steps == 0
+        self._validate(partial=not on_grid)
+        if self.average is not None:
+            self.average.copy_to_model()
+        self._on_rank_0(self._save_for_users)
+        return Summary(step=state.step, samples=state.samples, seconds=state.seconds, groups_per_step=self.groups_per_step,
+                       parameters=sum(p.numel() for p in self.params.values()), initial_loss=self.initial_loss,
+                       metrics=self.recent.means(), validation_start=state.validation_start,
+                       validation_end=state.validation_end)
+
+    def _save_for_users(self) -> None:
+        with checkpoint.disk_errors(f"cannot save the trained weights in {self.output_dir}", self.output_dir, self._size()):
+            self._export(self.output_dir)
+
+    # checkpoints
+
+    def _save_if_due(self, stopping: bool) -> None:
+        step = self.state.step
+        due = stopping or step % self.spec.checkpointing_steps == 0 or step == self.spec.max_train_steps
+        self.save_is_due = self.save_is_due or due
+        if self.save_is_due and self.source.boundary(step):
+            self._save()
+
+    def _save(self) -> None:
+        """On all ranks: all prove that they hold the same weights, rank 0 writes, all hear of a failure."""
+        check_same_weights(self.world, self.params)
+        self._on_rank_0(self._write)
+        self.saved_step, self.save_is_due = self.state.step, False
+
+    def _write(self) -> None:
+        optimizer, optimizer_numbers = optimizer_state(self.optimizer, self.params)
+        tensors = {"weights": self.bank.state(), "optimizer": optimizer}
+        average_numbers = None
+        if self.average is not None:
+            tensors["ema"], average_numbers = self.average.state()
+        state, scaler = self.state, self.accelerator.scaler
+        numbers = {"samples": state.samples, "updates": state.updates, "seconds": state.seconds,
+                   "memory": state.memory.values, "window": state.window.values,
+                   "validation_start": state.validation_start, "validation_end": state.validation_end,
+                   "validated": state.validated, "optimizer": optimizer_numbers, "ema": average_numbers,
+                   "scaler": None if scaler is None else scaler.state_dict(), "config": self.config,
+                   "identity": self.identity, "groups_per_step": self.groups_per_step}
+        checkpoint.save(self.output_dir, state.step, tensors, numbers, keep=self.spec.checkpoints_total_limit,
+                        export=self._export_averaged if self._size() <= EXPORT_LIMIT else None)
+
+    def _resume(self) -> None:
+        """Restore the newest whole checkpoint, or start; drop log lines beyond it."""
+        folder = self._on_rank_0(self._find)
+        if folder is not None:
+            self._restore(self.output_dir / folder)
+        if self.world.rank == 0:
+            for name in ("metrics.jsonl", "timing.jsonl"):
+                truncate_log(self.output_dir / name, -1 if folder is None else self.state.step)
+        self.world.barrier()
+
+    def _find(self) -> str | None:
+        if self.spec.resume == "never" and checkpoint.checkpoints(self.output_dir):
+            raise CheckpointError(f"train.resume: {self.output_dir} holds checkpoints of an earlier run, and resume=never "
+                                  "will not touch them; choose another output_dir, or resume=auto to continue it")
+        checkpoint.clean(self.output_dir)
+        folder, notes = checkpoint.newest(self.output_dir)
+        self.notes = [f"note: {note}; the folder was renamed to broken-..., {folder.name} is used instead" for note in notes]
+        return None if folder is None else folder.name
+
+    def _restore(self, folder: Path) -> None:
+        stored = checkpoint.load(folder, verified=True)
+        check_same_run(folder, stored.state, config=self.config, identity=self.identity,
+                       groups_per_step=self.groups_per_step, allow_change=self.spec.allow_change)
+        expected = {name: [str(t.dtype), list(t.shape)] for name, t in self.bank.state().items()}
+        checkpoint.check_tensors(folder / "weights.safetensors", stored.tensors["weights"], expected)
+        self.bank.load_state(stored.tensors["weights"])
+        load_optimizer_state(self.optimizer, self.params, stored.tensors["optimizer"], stored.state["optimizer"])
+        if self.average is not None:
+            self.average = Average(self.params, self.spec.ema_decay)
+            if stored.state["ema"] is not None:
+                self.average.load_state(stored.tensors["ema"], stored.state["ema"])
+        if self.accelerator.scaler is not None and stored.state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(stored.state["scaler"])
+        self._restore_numbers(stored.state)
+        self.notes.append(f"resuming from {folder}")
+
+    def _restore_numbers(self, saved: dict) -> None:
+        memory = Memory(self.state.memory.decay)
+        memory.values = dict(saved["memory"])
+        same = ("step", "samples", "updates", "seconds", "validation_start", "validation_end", "validated")
+        self.state = RunState(**{name: saved[name] for name in same}, memory=memory, window=Window(saved["window"]),
+                              learning_rate=self.rate(saved["step"] - 1))
+        self.saved_step = saved["step"]
+
+    # small helpers
+
+    def _on_rank_0(self, action: Callable[[], str | None]) -> str | None:
+        """Run it on rank 0 while the others wait; its error is raised on all ranks, its text returned on all."""
+        result, error = None, None
+        if self.world.rank == 0:
+            try:
+                result = action()
+            except CheckpointError as failure:
+                error = failure
+        raise_together(self.world, error, CheckpointError)
+        return self.world.gather(result or "")[0] or None
+
+    def _export_averaged(self, folder: Path) -> None:
+        with self._averaged():
+            self._export(folder)
+
+    def _export(self, folder: Path) -> None:
+        """The bank's own files, with the plain module in its place."""
+        wrapped = self.bank.denoiser.module
+        self.bank.denoiser.module = self.accelerator.unwrap_model(wrapped)
+        facts = {"step": str(self.state.step), "samples": str(self.state.samples), **self.identity, **self.metadata}
+        try:
+            self.bank.save(folder, facts)
+        finally:
+            self.bank.denoiser.module = wrapped
+
+    def _averaged(self):
+        return nullcontext() if self.average is None else self.average.swapped_in()
+
+    def _size(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.params.values())
+
+    def _measure(self) -> dict[str, float]:
+        return {"update_norm": self.start.distance(self.params)}

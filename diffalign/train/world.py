@@ -1,0 +1,102 @@
+"""Processes of one run: rank, sums, texts, agreement. ``Single`` is the one-process twin with the same interface."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .guard import TrainingError
+
+
+class World(Protocol):
+    """rank: 0 .. size-1. Every method is collective: all ranks call it, in the same order."""
+
+    rank: int
+    size: int
+
+    def sum(self, x: Tensor) -> Tensor: ...
+
+    def gather(self, text: str) -> list[str]: ...
+
+    def barrier(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Single:
+    """One process."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, text: str) -> list[str]:
+        return [text]
+
+    def barrier(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """Several processes over torch.distributed. Texts travel as bytes: gathering objects would unpickle."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks of a tensor on ``device``; a new tensor, no wait on the host."""
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text, by rank."""
+        data = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8).to(self.device)
+        length = torch.tensor([len(text.encode())], device=self.device)
+        lengths = [torch.zeros_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length)
+        padded = torch.zeros(max(1, *(int(n) for n in lengths)), dtype=torch.uint8, device=self.device)
+        padded[:len(data)] = data[:len(padded)]
+        parts = [torch.zeros_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return [bytes(part[:int(n)].tolist()).decode() for part, n in zip(parts, lengths)]
+
+    def barrier(self) -> None:
+        self.gather("")  # works on every backend and never needs a device id
+
+
+def world_of(accelerator) -> World:
+    """The world that accelerate has set up."""
+    if accelerator.num_processes == 1:
+        return Single()
+    return Distributed(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
+def raise_together(world: World, error: Exception | None, kind: type[Exception] = TrainingError) -> None:
+    """Every rank raises when one has an error: its own, or the first of the others as ``kind``."""
+    messages = [text for text in world.gather("" if error is None else str(error) or repr(error)) if text]
+    if error is not None:
+        raise error
+    if messages:
+        raise kind(messages[0])
+
+
+def check_same_weights(world: World, params: dict[str, Tensor]) -> None:
+    """Raise TrainingError on all ranks unless every rank holds the same bits. params: float32 tensors by name.
+
+    A sum of the bit patterns as integers: any single flipped bit changes it.
+    """
+    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params.values()]).tolist()
+    ranks = [json.loads(text) for text in world.gather(json.dumps(sums))]
+    for name, *values in zip(params, *ranks):
+        if len(set(values)) > 1:
+            raise TrainingError(f"the processes hold different weights in {name}: a fault of memory or network, or a "
+                                "forward that bypassed DDP; resume from the checkpoint before")
