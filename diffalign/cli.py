@@ -29,15 +29,16 @@ Recipes to start from lie in configs/."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="diffalign", description="Preference alignment for diffusion models.", epilog=_EPILOG,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="diffalign", description="Preference alignment for diffusion models.",
+                                     epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=_EPILOG,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
         command.add_argument("config", metavar="CONFIG", help="a recipe, such as configs/quickstart.yaml")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="options by path, such as train.learning_rate=1e-5")
+        command.add_argument("overrides", nargs="*", metavar="key=value",
+                             help="options by path, such as train.learning_rate=1e-5")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -46,6 +47,7 @@ def _quiet_libraries() -> None:
     """Bars and notices of loading belong to the libraries' own users. Whoever sets these variables keeps the last word."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from . import _compat  # noqa: F401  (before diffusers)
     from diffusers.utils import logging as diffusers_logging  # isort: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def train(recipe: Recipe, printer: Printer = _silent) -> dict:
     """
     started, output_dir = time.monotonic(), Path(recipe.output_dir)
     base = model_identity(recipe.model)  # a wrong model is refused before anything is written
-    judge_exists(recipe)
+    _check_judge(recipe)
     check_writable(output_dir)
     accelerator = make_accelerator(recipe.train, output_dir)
     say = printer if accelerator.is_main_process else _silent
@@ -82,11 +83,21 @@ def _finish(recipe: Recipe, bank: WeightBank, facts: dict) -> None:
     """Files for people: the LoRA is written by the loop; a full fine-tune becomes a whole pipeline folder."""
     output_dir = Path(recipe.output_dir)
     if recipe.model.lora is None:
-        save_pipeline(recipe.model, bank.denoiser, output_dir / PIPELINE)
+        _replace_pipeline(recipe, bank.denoiser, output_dir / PIPELINE)
+        shutil.rmtree(output_dir / bank.denoiser.component, ignore_errors=True)  # the loop's copy of the same weights
     write_json(output_dir / SUMMARY, facts)
     run = _run(recipe, facts)
     write_report(output_dir, run, None)
     write_card(output_dir, run, json.loads((output_dir / "report.json").read_text()))
+
+
+def _replace_pipeline(recipe: Recipe, denoiser: Denoiser, folder: Path) -> None:
+    """An earlier pipeline of this run goes only when the new one is whole."""
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_pipeline(recipe.model, denoiser, fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
 
 
 def _bank(recipe: Recipe, method: Preference, accelerator) -> WeightBank:
@@ -120,14 +131,15 @@ def _source(recipe: Recipe, cache, world) -> data.Offline:
 
 def _check_fit(recipe: Recipe, source: data.Offline) -> None:
     if source.k < recipe.objective.min_k:
-        raise ConfigError(f"objective: {_method_name(recipe)} compares {recipe.objective.min_k} candidates, but {recipe.data.path} "
-                          f"has {source.k} a group; use objective.kind=sft or another data set")
+        raise ConfigError(f"objective: {_method_name(recipe)} compares {recipe.objective.min_k} candidates, but "
+                          f"{recipe.data.path} has {source.k} a group; use objective.kind=sft or another data set")
 
 
 def _metadata(recipe: Recipe) -> dict[str, str]:
     """What travels in the header of the weights that people load."""
-    facts = {"objective": _method_name(recipe), "base_model": recipe.model.pretrained_model_name_or_path, "data": recipe.data.path,
-             "beta": getattr(recipe.objective, "beta", None), "learning_rate": recipe.train.learning_rate}
+    facts = {"objective": _method_name(recipe), "base_model": recipe.model.pretrained_model_name_or_path,
+             "data": recipe.data.path, "beta": getattr(recipe.objective, "beta", None),
+             "learning_rate": recipe.train.learning_rate}
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
@@ -208,7 +220,7 @@ def _cache_dir(recipe: Recipe) -> Path:
 def check(recipe: Recipe, printer: Printer = _silent) -> dict:
     """Counts, ties, duplicates, leakage, sizes and derived numbers; draws sample pairs. Loads no weights."""
     facts, output_dir = encoder_facts(recipe.model), Path(recipe.output_dir)
-    judge_exists(recipe)
+    _check_judge(recipe)
     check_writable(output_dir)
     resolution = recipe.data.resolution or facts.default_resolution
     found = look_at(recipe.data, resolution=resolution, spatial_factor=facts.spatial_factor, seed=recipe.seed,
@@ -251,8 +263,8 @@ def _betas(recipe: Recipe, elements: int) -> list[str]:
     if beta is None or recipe.objective.reference_free:
         return []
     other = implied_nats(beta, elements)
-    return [f"beta {beta:g} (mean error, factor 1/2) = kappa {other['kappa']:g} on mean errors = {other['beta_eq14']:.4g} on summed "
-            f"errors (the paper's Eq. 14; {elements} latent elements)"]
+    return [f"beta {beta:g} (mean error, factor 1/2) = kappa {other['kappa']:g} on mean errors = {other['beta_eq14']:.4g} on "
+            f"summed errors (the paper's Eq. 14; {elements} latent elements)"]
 
 
 # --- evaluate, grid -------------------------------------------------------------------------------------------------
@@ -288,11 +300,13 @@ def _trained(recipe: Recipe) -> dict:
     """train.json of a finished run. Raises ConfigError where there is none."""
     if recipe.evaluate is None:
         raise ConfigError("evaluate: is missing; add the section, such as evaluate={prompts: prompts.txt, judge: scenes}")
+    _check_judge(recipe)
     path = Path(recipe.output_dir) / SUMMARY
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ConfigError(f"{path}: no finished training run here; run `diffalign train` first, with the same output_dir") from None
+        raise ConfigError(f"{path}: no finished training run here; run `diffalign train` first, "
+                          "with the same output_dir") from None
 
 
 def _compare(recipe: Recipe, rows_only: bool = False) -> Comparison:
@@ -327,7 +341,7 @@ def _both_sides(recipe: Recipe):
     yield pipe, aligned.to(device)
 
 
-def judge_exists(recipe: Recipe) -> None:
+def _check_judge(recipe: Recipe) -> None:
     """A wrong judge or prompt file is found before training, not after."""
     if recipe.evaluate is not None:
         read_prompts(recipe.evaluate.prompts)

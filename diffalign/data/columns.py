@@ -432,11 +432,14 @@ def _library(path: str, table: Path | None, split: str, spec: DataSpec) -> Itera
 
 def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
     import datasets
+    import pyarrow.parquet as pq
 
     folder = Path(path)
     if table is not None:
         if table.suffix not in BUILDERS:
             raise DataError(f"{path}: unknown kind of file; parquet, arrow, csv, json and jsonl are read")
+        if table.suffix == ".parquet" and pq.read_metadata(table).num_rows == 0:
+            return ()  # the library's reader fails on a table without row groups
         return datasets.load_dataset(BUILDERS[table.suffix], data_files=str(table), split="train",
                                      streaming=True).decode(False)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():

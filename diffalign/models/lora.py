@@ -133,4 +133,5 @@ def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
     aside = file.with_name(f".{file.name}.partial")
     save_file(tensors, aside, metadata=metadata)
+    aside.chmod(0o644)  # safetensors writes files that only their owner can read
     aside.replace(file)

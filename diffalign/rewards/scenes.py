@@ -312,8 +312,8 @@ class SceneChecker:
     name = "scenes"
 
     def __call__(self, images: Any, prompts: Sequence[str], t: Any = None) -> Tensor:
-        """Scores, float32 [N]. `images`: N pictures (PIL, or uint8 arrays [H, W, 3]), or uint8 [N, 3, H, W] as a
-        tensor or array. NaN where a prompt is not a scene caption; `t` is ignored: only clean pictures are read.
+        """Scores, float32 [N]. `images`: N pictures as a list, or as one array or tensor [N, 3, H, W]: uint8, or
+        float tensors in [0, 1]. NaN where a prompt is not a scene caption; `t` is ignored: only clean pictures are read.
         """
         import torch
 
@@ -329,13 +329,10 @@ def is_perfect(scores: Any) -> Any:
 
 
 def as_picture(image: Any) -> np.ndarray:
-    """One picture as uint8 [64, 64, 3]: from PIL, or from a uint8 tensor or array, channels first or last."""
-    if not isinstance(image, Image.Image):
-        array = np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim != 3:
-            raise TypeError(f"a picture is PIL or uint8 [3, H, W] or [H, W, 3], not {array.dtype} {array.shape}")
-        image = Image.fromarray(array if array.shape[-1] == 3 else array.transpose(1, 2, 0))
-    image = image.convert("RGB")
+    """One picture as uint8 [64, 64, 3], from anything that `rewards.base.as_pil` accepts, of any size."""
+    from .base import as_pil
+
+    image = as_pil(image)
     return np.asarray(image if image.size == (SIZE, SIZE) else image.resize((SIZE, SIZE), Image.Resampling.BOX))
 
 

@@ -67,7 +67,7 @@ def test_pickle_weights(recipe, capsys, tmp_path):
     shutil.copytree(MODEL, folder)
     for file in (folder / "unet").glob("*.safetensors"):
         file.rename(file.with_name("diffusion_pytorch_model.bin"))
-    refused(capsys, recipe(f"model.pretrained_model_name_or_path={folder}"), "safetensors")
+    refused(capsys, recipe(f"model.pretrained_model_name_or_path={folder}"), "pickle", "unet")
 
 
 def test_not_a_pipeline(recipe, capsys, tmp_path):

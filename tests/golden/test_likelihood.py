@@ -60,7 +60,8 @@ def test_flow_elbo_is_the_true_log_ratio(x0, value):
 def test_discrete_sd_schedule_elbo(x0, value):
     process = sd_process()
     n = noised_at(process, process.grid())
-    delta = gaussian_error(x0, 1.5, n.alpha.double(), n.sigma.double()) - gaussian_error(x0, 1.0, n.alpha.double(), n.sigma.double())
+    alpha, sigma = n.alpha.double(), n.sigma.double()
+    delta = gaussian_error(x0, 1.5, alpha, sigma) - gaussian_error(x0, 1.0, alpha, sigma)
     weight = 0.5 * ELBO(normalise=False, max=None)(n, Eps(), process).double()
     assert -(weight * delta).mean().item() == pytest.approx(value, abs=2e-5)
     # the same number from the v-error: eps-error = abar * v-error
@@ -72,7 +73,8 @@ def test_discrete_sd_schedule_elbo(x0, value):
 def test_simple_weighting_keeps_the_sign(x0, value):
     process = sd_process()
     n = noised_at(process, process.grid())
-    delta = gaussian_error(x0, 1.5, n.alpha.double(), n.sigma.double()) - gaussian_error(x0, 1.0, n.alpha.double(), n.sigma.double())
+    alpha, sigma = n.alpha.double(), n.sigma.double()
+    delta = gaussian_error(x0, 1.5, alpha, sigma) - gaussian_error(x0, 1.0, alpha, sigma)
     assert -delta.mean().item() == pytest.approx(value, abs=2e-5)
 
 
@@ -214,17 +216,16 @@ def test_draws_are_averaged_inside_the_estimate():
 
 def test_mean_reduction_does_not_grow_with_resolution():
     # check 6: tiling the latent leaves the mean-reduced error unchanged
-    process, eps = sd_process(), torch.randn(1, 4, 4, 4)
+    process, eps, values = sd_process(), torch.randn(1, 4, 4, 4), []
     for factor in (1, 2):
-        tile = lambda x: x.repeat(1, 1, factor, factor)
-        n = process.noise(tile(torch.ones(1, 4, 4, 4)), torch.tensor([0.5]), tile(eps))
-        value = (n.noise - 0.3 * n.xt).square().flatten(1).mean(1)
-        expected = value if factor == 1 else expected
-    assert torch.allclose(value, expected, rtol=1e-5)
+        x0, noise = (x.repeat(1, 1, factor, factor) for x in (torch.ones(1, 4, 4, 4), eps))
+        n = process.noise(x0, torch.tensor([0.5]), noise)
+        values.append((n.noise - 0.3 * n.xt).square().flatten(1).mean(1))
+    assert torch.allclose(*values, rtol=1e-5)
 
 
 def test_monte_carlo_estimate_of_a_gaussian():
-    # optimal denoisers of N(0, 1.5^2) and N(0, 1) at x0 = 0.7, unit weight in eps over the SD schedule: mean -0.06537 (check 3).
+    # optimal denoisers of N(0, 1.5^2) and N(0, 1) at x0 = 0.7, unit weight in eps over the SD schedule: -0.06537 (check 3).
     # Ours carries the factor 1/2 and averages elements: 4,096 draws of 64 elements, within 4 standard errors.
     process = sd_process()
 

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffalign.objectives import SFT, AllPairs, Anchored, Hinge, Logistic, MaPO, MaPOAAAI, Pairwise, Robust, Squared
+from diffalign.objectives import SFT, AllPairs, Anchored, BestWorst, Hinge, Logistic, MaPO, MaPOAAAI, Pairwise, Robust, Squared
 from diffalign.types import Batch, Cond, Estimate, Memory
 
 LINKS = [Logistic(), Logistic(smoothing=0.2), Robust(flip=0.2), Squared(), Hinge()]
 OBJECTIVES = [*[Pairwise(beta=b, link=link) for link in LINKS for b in (1.0, 50.0)], Pairwise(beta=3, pairs=AllPairs()),
-              Pairwise(beta=3, reference_free=True), MaPO(), MaPOAAAI(), SFT(), Anchored(objective=Pairwise(beta=5), weight=0.3)]
+              Pairwise(beta=3, reference_free=True), MaPO(), MaPOAAAI(), SFT(),
+              Anchored(objective=Pairwise(beta=5), weight=0.3)]
 
 
 def groups(error, reference, utility=None, valid=None):
@@ -53,7 +54,8 @@ def test_extremes_stay_finite(link, beta):
     loss.sum().backward()
     assert torch.isfinite(loss).all() and torch.isfinite(margin.grad).all()
     if isinstance(link, Logistic):
-        assert not torch.isfinite(-torch.log(torch.sigmoid(torch.tensor(-50.0 * 5000)))), "the mutant log(sigmoid) must fail here"
+        mutant = -torch.log(torch.sigmoid(torch.tensor(-50.0 * 5000)))
+        assert not torch.isfinite(mutant), "log(sigmoid) must fail where ours does not"
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -96,5 +98,6 @@ def test_invalid_candidates_and_ties_give_nothing():
 
 def test_all_pairs_of_a_pair_is_the_pair():
     error, reference = torch.rand(5, 2), torch.rand(5, 2)
-    a, b = (Pairwise(beta=7, pairs=p)(*groups(error, reference), Memory()).per_group for p in (AllPairs(), Pairwise(beta=1).pairs))
+    est, batch = groups(error, reference)
+    a, b = (Pairwise(beta=7, pairs=pairs)(est, batch, Memory()).per_group for pairs in (AllPairs(), BestWorst()))
     assert torch.equal(a, b)
