@@ -18,6 +18,7 @@ from .. import rng
 LEVEL = 0.95
 TIE = 1e-6  # scores closer than this, absolutely and relatively, are a tie
 POWER = 0.8
+FEWEST = 6  # prompts that can decide: a clean sweep of five has a two-sided sign test of 2/2^5 = 0.06, of six 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class Paired:
     unscored: pairs left out because the judge could not score one side. base_score, aligned_score: means over prompts.
     win_rate, difference (aligned minus base), each with a 95 % bootstrap interval over prompts. sign_test: two-sided p of
     more prompts won than lost, tied prompts ignored. prompts_needed: prompts that would show a win rate like this one in
-    four runs of five; None where it is exactly one half. verdict: "better", "worse" or "undecided".
+    four runs of five; None where it is one half, or of one prompt. verdict: "better", "worse" or "undecided" (always below six
+    prompts).
     """
 
     prompts: int
@@ -62,7 +64,7 @@ class Paired:
 
     def _needs(self) -> str:
         if self.prompts_needed is None:
-            return "The two are level."
+            return "The two are level." if self.win_rate == 0.5 else "One prompt cannot show a difference."
         if self.prompts_needed > 100_000:
             return "To tell a difference this small would need more than 100,000 prompts."
         return f"If this win rate is the true one, it needs about {_round(self.prompts_needed):,} prompts to show."
@@ -83,6 +85,8 @@ def paired(base: np.ndarray, aligned: np.ndarray, *, seed: int = 0, resamples: i
     rows = np.stack([_mean(x, both)[kept] for x in (outcome, base, aligned)])  # [3, prompts]
     wins, base_mean, aligned_mean = rows.mean(1)
     (low, high), (d_low, d_high) = bootstrap(np.stack([rows[0], rows[2] - rows[1]]), seed=seed, resamples=resamples)
+    if np.ptp(rows[0]) == 0:  # resampling shows no spread at all, which is not certainty
+        low, high = wilson(float(wins), rows.shape[1])
     won, lost = int((rows[0] > 0.5).sum()), int((rows[0] < 0.5).sum())
     return Paired(
         prompts=int(kept.sum()), pairs=int(both.sum()), unscored=int((~both).sum()),
@@ -90,7 +94,7 @@ def paired(base: np.ndarray, aligned: np.ndarray, *, seed: int = 0, resamples: i
         base_score=float(base_mean), aligned_score=float(aligned_mean), difference=float(aligned_mean - base_mean),
         difference_low=d_low, difference_high=d_high, win_rate=float(wins), win_rate_low=low, win_rate_high=high,
         sign_test=float(binomtest(won, won + lost).pvalue) if won + lost else 1.0,
-        prompts_needed=prompts_needed(rows[0]), verdict=_verdict(low, high))
+        prompts_needed=prompts_needed(rows[0]), verdict=_verdict(low, high, rows.shape[1]))
 
 
 def outcomes(base: np.ndarray, aligned: np.ndarray) -> np.ndarray:
@@ -103,7 +107,7 @@ def outcomes(base: np.ndarray, aligned: np.ndarray) -> np.ndarray:
 def bootstrap(rows: np.ndarray, *, seed: int, resamples: int) -> list[tuple[float, float]]:
     """95 % intervals of the means of each row of [R, n], resampling the n columns together; deterministic in the seed.
 
-    Where all values of a row are 0 or all are 1, resampling shows no spread at all; the interval is then Wilson's.
+    A row of one value has an interval without width: the caller must know what its spread could have been.
     """
     count = rows.shape[1]
     draw = rng.generator(seed, "bootstrap")
@@ -114,14 +118,7 @@ def bootstrap(rows: np.ndarray, *, seed: int, resamples: int) -> list[tuple[floa
         parts.append(np.stack([row[picked].mean(1) for row in rows], axis=1))
     means = np.concatenate(parts)  # [resamples, R]
     tail = _expanded_tail(count)
-    return [_interval(row, mean, tail) for row, mean in zip(rows, means.T, strict=True)]
-
-
-def _interval(row: np.ndarray, means: np.ndarray, tail: float) -> tuple[float, float]:
-    if np.ptp(row) == 0 and row[0] in (0.0, 1.0):
-        return wilson(float(row[0]), len(row))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    return [(float(low), float(high)) for low, high in np.quantile(means, [tail, 1 - tail], axis=0).T]
 
 
 def _expanded_tail(count: int) -> float:
@@ -147,7 +144,7 @@ def prompts_needed(wins: np.ndarray) -> int | None:
     if effect < 1e-12 or len(wins) < 2:
         return None
     z = float(norm.ppf(0.5 + LEVEL / 2) + norm.ppf(POWER))
-    return max(2, math.ceil(float(wins.var(ddof=1)) * (z / effect) ** 2))
+    return max(FEWEST, math.ceil(float(wins.var(ddof=1)) * (z / effect) ** 2))
 
 
 def _mean(x: np.ndarray, keep: np.ndarray) -> np.ndarray:
@@ -156,7 +153,9 @@ def _mean(x: np.ndarray, keep: np.ndarray) -> np.ndarray:
     return np.where(count > 0, np.where(keep, x, 0).sum(1) / np.maximum(count, 1), np.nan)
 
 
-def _verdict(low: float, high: float) -> str:
+def _verdict(low: float, high: float, prompts: int) -> str:
+    if prompts < FEWEST:
+        return "undecided"
     return "better" if low > 0.5 else "worse" if high < 0.5 else "undecided"
 
 

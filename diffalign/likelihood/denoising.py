@@ -15,8 +15,9 @@ from .weighting import Simple, Weighting
 class DenoisingELBO:
     """log p(x0 | c) up to a constant, as ``-1/2 * W(t) * mean squared error``, in nats per latent element.
 
-    With the 'elbo' weighting (normalise=False, max=None), independent of ``draws``, the difference of two estimates is an
-    unbiased estimate of the difference of two likelihood bounds divided by the number of elements (notation.md section 4).
+    With the 'elbo' weighting (normalise=False, max=None) and times uniform in (0, 1), independent of ``draws``, the difference
+    of two estimates is an unbiased estimate of the difference of two likelihood bounds divided by the number of elements
+    (notation.md section 4). The density of other times is not divided out: it is an implicit weight on top.
     ``draws`` times and noises are averaged inside the estimate, hence inside the link. The reference, when one is read,
     sees the very same noise and goes first, without gradients.
     """

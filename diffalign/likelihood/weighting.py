@@ -28,7 +28,8 @@ class ELBO:
     """The likelihood bound's own weight (T*gamma_t for DDPM; 1/(t(1-t)) on the noise error for a flow).
 
     normalise: divide by the mean over the process's times, so that beta keeps the scale it has under 'simple'; False gives
-    true nats (per element). max: clamp before normalising; the weight blows up as t goes to 0 and a few draws would rule.
+    true nats (per element). max: clamp of the weight on the noise error, before normalising and converting; it blows up as t
+    goes to 0 and a few draws would rule.
     """
 
     normalise: bool = True
@@ -48,8 +49,10 @@ class ELBO:
 
     def _native(self, noised: Noised, param: Parameterization, process: Process) -> Tensor:
         # twice the ELBO weight: the estimator's factor 1/2 is part of its convention, not of the bound
-        weight = 2 * process.elbo_weight(noised.t) * param.error_to_eps(noised)
-        return weight if self.max is None else weight.clamp(max=2 * self.max)
+        weight = 2 * process.elbo_weight(noised.t)
+        if self.max is not None:  # on the noise error, else the limit would mean SNR times less for a model that predicts x0
+            weight = weight.clamp(max=2 * self.max)
+        return weight * param.error_to_eps(noised)
 
 
 @dataclass(frozen=True, kw_only=True)

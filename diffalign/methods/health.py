@@ -12,13 +12,17 @@ BINS = 5
 
 
 def health(est: Estimate, batch: Batch) -> dict[str, Tensor]:
-    """Per pair [P]: margin (nats per element), accuracy (ties one half), by bin of time, and each side's error.
+    """Per pair [P]: margin (nats per element), accuracy (a margin of 0 is one half), by bin of time, and each side's error.
 
+    Pairs that soft labels leave undecided are not among them: nobody can order them rightly.
     ``win_error_change`` and ``lose_error_change`` are policy minus reference, below 0 when the policy denoises that
     side better: DPO often "wins" by ruining losers, which shows as both changes rising while the margin grows.
     """
     with torch.no_grad():
         b, w, l = BestWorst()(batch)
+        if batch.soft is not None:  # without soft labels, BestWorst pairs no ties
+            decided = (batch.utility[b, w] > batch.utility[b, l]).nonzero().squeeze(1)
+            b, w, l = b[decided], w[decided], l[decided]
         margin = est.log_ratio[b, w] - est.log_ratio[b, l]
         accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
         metrics = {"margin": margin, "accuracy": accuracy, "win_error": est.error[b, w], "lose_error": est.error[b, l]}

@@ -1,10 +1,12 @@
 """MaPO: reference-free margin objective (arXiv 2406.06424), in both published variants. They are different objectives.
 
 Deviation from the released code: x/(exp(x)-1) is evaluated with expm1 and a series near 0, where the code returns NaN.
+Soft labels, which neither variant knows, give the mean of both orders' losses: else a tie would be a win of the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,11 @@ def odds(x: Tensor) -> Tensor:
     small = x < 1e-3
     safe = torch.where(small, torch.ones_like(x), x).clamp(max=80.0)  # exp overflows float32 above 88
     return torch.where(small, 1 - x / 2 + x * x / 12, safe / torch.expm1(safe))
+
+
+def _expected(rows: Callable[[Tensor, Tensor], Tensor], e_w: Tensor, e_l: Tensor, soft: Tensor | None) -> Tensor:
+    """rows(error of the preferred, error of the other), averaged over who is preferred. soft: [P] or None, certain."""
+    return rows(e_w, e_l) if soft is None else soft * rows(e_w, e_l) + (1 - soft) * rows(e_l, e_w)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +52,13 @@ class MaPO:
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
         b, w, l = self.pairs(batch)
         e_w, e_l = est.error[b, w], est.error[b, l]
-        logit = self.horizon * (odds(self.snr * e_w) - odds(self.snr * e_l))
-        return Loss.from_rows(e_w - self.beta * F.logsigmoid(logit), b, batch, logit=logit,
-                              saturated=(logit.abs() > 5).float(), winner_error=e_w)
+        logit = self._logit(e_w, e_l)
+        rows = _expected(lambda w, l: w - self.beta * F.logsigmoid(self._logit(w, l)), e_w, e_l,
+                         None if batch.soft is None else batch.soft[b])
+        return Loss.from_rows(rows, b, batch, logit=logit, saturated=(logit.abs() > 5).float(), winner_error=e_w)
+
+    def _logit(self, e_w: Tensor, e_l: Tensor) -> Tensor:
+        return self.horizon * (odds(self.snr * e_w) - odds(self.snr * e_l))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,5 +82,9 @@ class MaPOAAAI:
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
         b, w, l = self.pairs(batch)
         e_w, e_l = est.error[b, w], est.error[b, l]
-        logit = odds(e_w) ** self.beta - odds(e_l) ** self.beta
-        return Loss.from_rows(e_w - F.logsigmoid(logit) / self.beta, b, batch, logit=logit, winner_error=e_w)
+        rows = _expected(lambda w, l: w - F.logsigmoid(self._logit(w, l)) / self.beta, e_w, e_l,
+                         None if batch.soft is None else batch.soft[b])
+        return Loss.from_rows(rows, b, batch, logit=self._logit(e_w, e_l), winner_error=e_w)
+
+    def _logit(self, e_w: Tensor, e_l: Tensor) -> Tensor:
+        return odds(e_w) ** self.beta - odds(e_l) ** self.beta

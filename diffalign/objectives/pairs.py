@@ -1,6 +1,6 @@
 """Which candidates of a group are compared. __call__(batch) -> group, winner, loser: [P] int64 each.
 
-Ties and invalid candidates give no pair, unless the batch brings soft labels.
+Invalid candidates give no pair; nor do ties, except that BestWorst keeps them when the batch brings soft labels.
 """
 
 from __future__ import annotations

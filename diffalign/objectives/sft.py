@@ -11,11 +11,16 @@ from .base import Objective
 
 
 def winners(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best valid candidate of each group that has one above zero or above another: group [P], winner [P]."""
+    """The best valid candidate of each group: group [P], winner [P].
+
+    A candidate that is alone must be liked (utility above 0); of several one must be better than another, since the first of
+    a tie has won nothing.
+    """
     score = batch.utility.masked_fill(~batch.valid, -torch.inf)
     best = score.max(1)
     low = batch.utility.masked_fill(~batch.valid, torch.inf).min(1).values
-    group = (batch.valid.any(1) & ((best.values > low) | (best.values > 0))).nonzero().squeeze(1)
+    alone = batch.valid.sum(1) == 1
+    group = torch.where(alone, best.values > 0, best.values > low).nonzero().squeeze(1)
     return group, best.indices[group]
 
 
