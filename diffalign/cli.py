@@ -8,10 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 from . import __version__
 from .errors import UserError
+
+GRACE = 3.0  # seconds in which a launcher ends the other processes after one has failed
 
 _COMMANDS = {
     "train": "align the model; run the same command again to resume",
@@ -59,23 +63,68 @@ def _quiet_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 for something the user can mend, 75 stopped by a signal and ready to resume."""
     args = _parser().parse_args(argv)
+    with _sturdy_output():
+        try:
+            _quiet_libraries()
+            from . import run  # here, so that --help needs no torch
+            from .config import load_recipe
+            getattr(run, args.command)(load_recipe(args.config, args.overrides), printer=print)
+            return 0
+        except UserError as error:
+            if args.debug:
+                raise
+            _say_once(f"diffalign: {' '.join(str(error).split())}")
+            return error.exit_code
+        except KeyboardInterrupt:
+            _say_once("diffalign: interrupted")
+            return 130
+
+
+def _say_once(text: str) -> None:
+    """All processes of a run meet the same error; the first says it. Another one waits for the launcher to end it, and
+    speaks only if that does not happen: then the error was its own."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(GRACE)
+    print(text, file=sys.stderr)
+
+
+class _Sturdy:
+    """A text stream whose reader may leave and whose disk may fill: a run of days must not end because nobody listens."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action, *args) -> None:
+        try:
+            action(*args)
+        except (OSError, ValueError):  # ValueError: closed
+            self._stream = open(os.devnull, "w")  # noqa: SIM115  (lives as long as the process)
+
+
+@contextmanager
+def _sturdy_output():
+    """stdout and stderr that never raise: absent, closed, a broken pipe, or unable to spell a letter of a path."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (_Sturdy(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115
     try:
-        _quiet_libraries()
-        from . import run  # here, so that --help needs no torch
-        from .config import load_recipe
-        getattr(run, args.command)(load_recipe(args.config, args.overrides), printer=print)
-        return 0
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"diffalign: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("diffalign: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left; say nothing more
-        return 0
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
 
 
 if __name__ == "__main__":

@@ -43,6 +43,10 @@ class Recipe:
     train: TrainSpec = TrainSpec()
     evaluate: EvaluateSpec | None = None
 
+    def __post_init__(self):
+        if not self.output_dir.strip():
+            raise ValueError("output_dir is empty; give a folder for the run's files")
+
 
 # every slot with alternatives: annotation -> (table of kinds, default kind, entry point group)
 _SLOTS = {
@@ -250,9 +254,16 @@ def _leaf(annotation, value: object, path: str):
         raise ConfigError(f"{path}: expected {_words(annotation)}, got {_show(value)}")
     if isinstance(value, str) and isinstance(result, (int, float)):
         raise ConfigError(f"{path}: expected {_words(annotation)}, got the text {_show(value)}")
+    if any(not _is_text(item) for item in (result if isinstance(result, tuple) else (result,)) if isinstance(item, str)):
+        raise ConfigError(f"{path}: holds a zero or bytes that are not UTF-8 text, got {ascii(value)[:60]}")
     if isinstance(result, float) and not math.isfinite(result):
         raise ConfigError(f"{path}: must be a finite number, got {_show(value)}")
     return result
+
+
+def _is_text(value: str) -> bool:
+    """False for what no file system call or UTF-8 file takes: a zero, or a half of a surrogate pair."""
+    return "\0" not in value and value == value.encode("utf-8", "ignore").decode("utf-8")
 
 
 def _optional(annotation):
@@ -313,6 +324,11 @@ def _cross_check(recipe: Recipe) -> None:
     if recipe.data.layout == "unpaired" and recipe.objective.min_k > 1:
         raise ConfigError(f"data.layout: 'unpaired' has one picture a group, but {type(recipe.objective).__name__} compares "
                           f"{recipe.objective.min_k}")
-    link = getattr(recipe.objective, "link", None)
-    if recipe.data.ties == "soft" and link is not None and not isinstance(link, objectives.Logistic):
+    if recipe.data.ties == "soft" and not takes_soft_labels(recipe.objective):
         raise ConfigError("data.ties: 'soft' needs objective.link.kind logistic; the other links have no soft form")
+
+
+def takes_soft_labels(objective: objectives.Objective) -> bool:
+    """False for a link without a soft form, also in an objective inside another one."""
+    link, inner = getattr(objective, "link", None), getattr(objective, "objective", None)
+    return (link is None or isinstance(link, objectives.Logistic)) and (inner is None or takes_soft_labels(inner))

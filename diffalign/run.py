@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import data
-from .config import Recipe, as_tree, dump
+from .config import Recipe, as_tree, dump, takes_soft_labels
 from .data.check import check as look_at
 from .errors import ConfigError, ResourceError, UserError
 from .evaluate.card import write_card
@@ -30,13 +30,15 @@ from .likelihood import implied_nats
 from .methods import Context, Preference
 from .models.base import Denoiser, enable_gradient_checkpointing
 from .models.load import encoder_facts, load_denoiser, load_encoders, load_pipeline, model_identity, save_pipeline
+from .models.lora import load as load_lora
 from .models.weights import WeightBank
 from .rewards import load_reward
 from .train import fit, make_accelerator, world_of
-from .train.checkpoint import check_writable
+from .train.checkpoint import check_writable, disk_errors
 from .types import Memory
 
 Printer = Callable[[str], None]
+FACTS = ("base", "pairs", "step", "seconds", "wall_seconds", "heldout")  # of train.json, needed by a report
 SUMMARY, LORA_FILE, PIPELINE = "train.json", "pytorch_lora_weights.safetensors", "pipeline"
 
 
@@ -65,10 +67,10 @@ def train(recipe: Recipe, printer: Printer = _silent) -> dict:
     bank = _bank(recipe, method, accelerator)
     for line in _derived(recipe, source, accelerator.num_processes):
         say(line)
-    if accelerator.is_main_process:
-        write(output_dir / "config.resolved.yaml", dump(recipe).encode())
-    summary = fit(method=method, bank=bank, source=source, spec=recipe.train, seed=recipe.seed, output_dir=output_dir,
-                  config=as_tree(recipe), accelerator=accelerator, identity={"base": base}, metadata=_metadata(recipe),
+    hooks = [_ResolvedConfig(recipe)] if accelerator.is_main_process else []
+    summary = fit(hooks=hooks, method=method, bank=bank, source=source, spec=recipe.train, seed=recipe.seed,
+                  output_dir=output_dir, config=as_tree(recipe), accelerator=accelerator, identity={"base": base},
+                  metadata=_metadata(recipe),
                   validation=None if heldout is None else _validation(recipe, method, heldout, accelerator))
     facts = {**dataclasses.asdict(summary), "pairs": source.groups, "objective": _method_name(recipe), "base": base,
              "encode_seconds": encode_seconds, "wall_seconds": time.monotonic() - started, "seed": recipe.seed,
@@ -77,6 +79,18 @@ def train(recipe: Recipe, printer: Printer = _silent) -> dict:
         _finish(recipe, bank, facts)
     say(f"done: {output_dir} ({summary.step} steps, {summary.seconds:.0f} s of training)")
     return facts
+
+
+class _ResolvedConfig:
+    """config.resolved.yaml, written after the first step: a run that is refused leaves the file of the run before it."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.written = recipe, False
+
+    def after_step(self, state, report) -> None:
+        if not self.written:
+            write(Path(self.recipe.output_dir) / "config.resolved.yaml", dump(self.recipe).encode())
+        self.written = True
 
 
 def _finish(recipe: Recipe, bank: WeightBank, facts: dict) -> None:
@@ -94,10 +108,12 @@ def _finish(recipe: Recipe, bank: WeightBank, facts: dict) -> None:
 def _replace_pipeline(recipe: Recipe, denoiser: Denoiser, folder: Path) -> None:
     """An earlier pipeline of this run goes only when the new one is whole."""
     fresh = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    save_pipeline(recipe.model, denoiser, fresh)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    for leftover in (fresh, *folder.parent.glob(f".{fresh.name}.*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with disk_errors(f"cannot save {folder}", folder.parent, sum(p.nbytes for p in denoiser.module.parameters())):
+        save_pipeline(recipe.model, denoiser, fresh)
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
 
 
 def _bank(recipe: Recipe, method: Preference, accelerator) -> WeightBank:
@@ -133,6 +149,9 @@ def _check_fit(recipe: Recipe, source: data.Offline) -> None:
     if source.k < recipe.objective.min_k:
         raise ConfigError(f"objective: {_method_name(recipe)} compares {recipe.objective.min_k} candidates, but "
                           f"{recipe.data.path} has {source.k} a group; use objective.kind=sft or another data set")
+    if source.soft and not takes_soft_labels(recipe.objective):
+        raise ConfigError(f"objective.link.kind: {recipe.data.path} has labels between 0 and 1, which only the logistic link "
+                          "understands; use that one, or round the labels")
 
 
 def _metadata(recipe: Recipe) -> dict[str, str]:
@@ -303,10 +322,15 @@ def _trained(recipe: Recipe) -> dict:
     _check_judge(recipe)
     path = Path(recipe.output_dir) / SUMMARY
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        base = {name: facts[name] for name in FACTS}["base"]
+    except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError(f"{path}: no finished training run here; run `diffalign train` first, "
                           "with the same output_dir") from None
+    if base != model_identity(recipe.model):
+        raise ConfigError(f"model.pretrained_model_name_or_path: {recipe.model.pretrained_model_name_or_path} is not what "
+                          f"{recipe.output_dir} was trained on; name that model, or train in another output_dir")
+    return facts
 
 
 def _compare(recipe: Recipe, rows_only: bool = False) -> Comparison:
@@ -333,9 +357,11 @@ def _both_sides(recipe: Recipe):
     if recipe.model.lora is not None:
         if not (output_dir / LORA_FILE).is_file():
             raise ConfigError(f"{output_dir / LORA_FILE}: is missing; run `diffalign train` first")
-        pipe.load_lora_weights(str(output_dir), weight_name=LORA_FILE)
+        load_lora(pipe, output_dir / LORA_FILE)
         yield lora_off_and_on(pipe, recipe.evaluate)
         return
+    if not (output_dir / PIPELINE).is_dir():  # or its name would pass for a hub id
+        raise ConfigError(f"{output_dir / PIPELINE}: is missing; run `diffalign train` first, with model.lora=null")
     aligned = load_pipeline(dataclasses.replace(recipe.model, pretrained_model_name_or_path=str(output_dir / PIPELINE),
                                                 revision=None, variant=None, pretrained_vae_model_name_or_path=None))
     yield pipe, aligned.to(device)

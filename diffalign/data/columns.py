@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -357,7 +358,7 @@ def _records(spec: DataSpec, part: str) -> Iterator[tuple[int, str, Path | None,
     path, split = source_path(spec, part)
     table = _table(Path(path), split)
     root = Path(spec.image_root) if spec.image_root else table.parent if table else Path(path) if Path(path).is_dir() else None
-    if root is not None and not root.is_dir():
+    if root is not None and not os.path.isdir(root):  # Path.is_dir raises on a name that is too long
         raise DataError(f"data.image_root: {root} is no folder")
     root = None if root is None else root.resolve()
     if table is not None and table.suffix in (".jsonl", ".ndjson", ".json"):
@@ -440,18 +441,23 @@ def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
             raise DataError(f"{path}: unknown kind of file; parquet, arrow, csv, json and jsonl are read")
         if table.suffix == ".parquet" and pq.read_metadata(table).num_rows == 0:
             return ()  # the library's reader fails on a table without row groups
-        return datasets.load_dataset(BUILDERS[table.suffix], data_files=str(table), split="train",
-                                     streaming=True).decode(False)
+        return _undecoded(datasets.load_dataset(BUILDERS[table.suffix], data_files=str(table), split="train",
+                                                streaming=True))
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(path)
         saved = saved[split] if isinstance(saved, dict) else saved
-        return saved.to_iterable_dataset().decode(False)
+        return _undecoded(saved.to_iterable_dataset())
     if folder.is_dir():
-        return datasets.load_dataset(path, name=spec.name, split=split, streaming=True).decode(False)
+        return _undecoded(datasets.load_dataset(path, name=spec.name, split=split, streaming=True))
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) or folder.suffix in (*BUILDERS, ".jsonl", ".json"):
         raise DataError(f"{path}: no such file or folder")
     found = datasets.load_dataset(path, name=spec.name, split=split, revision=spec.revision, streaming=spec.streaming)
-    return (found if spec.streaming else found.to_iterable_dataset()).decode(False)
+    return _undecoded(found if spec.streaming else found.to_iterable_dataset())
+
+
+def _undecoded(found):
+    """Pictures as bytes or paths. A streamed CSV file does not know its columns yet, and holds nothing to decode."""
+    return found if found.features is None else found.decode(False)
 
 
 def _guarded(where: str, call: Callable):

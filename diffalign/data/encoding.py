@@ -478,11 +478,14 @@ def _source(spec: DataSpec, part: str) -> tuple[list, bool]:
     """What tells this data set from another, and whether that is enough to trust an earlier build without reading it again."""
     path, split = source_path(spec, part)
     local = Path(path)
-    if local.is_file():
-        return [str(local.resolve()), *_stat(local)], True
-    if local.is_dir():
-        tables = sorted(path for path in local.rglob("*") if path.suffix in TABLES)
-        return [str(local.resolve()), split, [[str(p.relative_to(local)), *_stat(p)] for p in tables]], True
+    try:
+        if local.is_file():
+            return [str(local.resolve()), *_stat(local)], True
+        if local.is_dir():
+            tables = sorted(path for path in local.rglob("*") if path.suffix in TABLES)
+            return [str(local.resolve()), split, [[str(p.relative_to(local)), *_stat(p)] for p in tables]], True
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     commit = _commit(path, spec.revision)
     return [path, spec.name, split, commit], commit is not None
 

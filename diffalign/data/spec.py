@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+LARGEST_SIDE = 16_384  # pixels; beyond it one picture alone would not fit into any memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
@@ -49,6 +51,8 @@ class DataSpec:
     encode_batch_size: int = 8
 
     def __post_init__(self):
+        if not self.path.strip():
+            raise ValueError("path is empty; give a file, a folder or a hub data set id")
         for name in ("caption_dropout", "validation_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
@@ -57,5 +61,5 @@ class DataSpec:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.validation is not None and self.validation_share:
             raise ValueError("give validation (a second data set) or validation_share, not both")
-        if self.resolution is not None and self.resolution < 8:
-            raise ValueError(f"resolution is in pixels and must be at least 8, got {self.resolution}")
+        if self.resolution is not None and not 8 <= self.resolution <= LARGEST_SIDE:
+            raise ValueError(f"resolution is in pixels, at least 8 and at most {LARGEST_SIDE}, got {self.resolution}")

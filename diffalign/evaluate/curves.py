@@ -42,7 +42,7 @@ PANELS = (
 def read_metrics(path: Path) -> list[dict]:
     """The rows of metrics.jsonl that are JSON objects with a step; a half-written last line is left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     rows = []

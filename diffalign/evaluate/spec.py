@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LARGEST = 1_000_000  # of any count: far beyond any use, far below what overflows an index
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSpec:
@@ -29,5 +31,7 @@ class EvaluateSpec:
 
     def __post_init__(self):
         for name in ("seeds", "num_inference_steps", "batch_size", "bootstrap_resamples", "grid_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise ValueError(f"{name} must be at least 1 and at most {LARGEST:,}, got {getattr(self, name)}")
+        if self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale must not be negative, got {self.guidance_scale}")

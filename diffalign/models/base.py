@@ -53,6 +53,7 @@ class Adapter:
     pipeline: ClassVar[str]                 # diffusers pipeline class
     component: ClassVar[str]                # the denoiser's name in that pipeline
     module_class: ClassVar[str]             # the denoiser's diffusers class
+    texts: ClassVar[tuple[str, ...]]        # text encoders and tokenizers that the pipeline cannot do without
     lora_targets: ClassVar[tuple[str, ...]]
     kohya_prefix: ClassVar[str]             # goes before LoRA keys into convert_state_dict_to_kohya: "unet" for lora_unet_
     kohya_metadata: ClassVar[dict[str, str]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,10 +72,19 @@ def encoder_facts(spec: ModelSpec) -> EncoderFacts:
     vae = read_json(_vae_files(spec, folder)[0], folder.name)
     factor = 2 ** (len(vae.get("block_out_channels") or [64]) - 1)
     size = folder.config(adapter.component).get("sample_size") or 64
+    sides = size if isinstance(size, list) else [size]
+    _check_positive(folder, f"{adapter.component}/config.json: sample_size", *sides)
+    _check_positive(folder, "the VAE's config.json: scaling_factor", vae.get("scaling_factor", 1.0))
     return EncoderFacts(
         family=adapter.family, spatial_factor=factor, latent_channels=vae.get("latent_channels", 4),
-        default_resolution=factor * (size if isinstance(size, int) else min(size)),
+        default_resolution=factor * min(sides),
         identity=_encoder_identity(spec, folder))
+
+
+def _check_positive(folder: Folder, what: str, *values: object) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ModelError(f"{folder.name}: {what} must be a number above 0, got {str(value)[:40]}")
 
 
 def load_denoiser(spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Denoiser:
@@ -90,7 +100,8 @@ def load_denoiser(spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device
     if info["missing_keys"]:
         raise ModelError(f"{folder.name}: {adapter.component}/ lacks {len(info['missing_keys'])} weights, first "
                          f"{sorted(info['missing_keys'])[0]}; the files do not belong to its config.json")
-    return adapter.assemble(module.to(device).eval(), folder.config("scheduler"), _denoiser_identity(folder, adapter))
+    with _loading(folder.name):  # diffusers builds the noise schedule from whatever its file says
+        return adapter.assemble(module.to(device).eval(), folder.config("scheduler"), _denoiser_identity(folder, adapter))
 
 
 def model_identity(spec: ModelSpec) -> str:
@@ -115,8 +126,12 @@ def save_pipeline(spec: ModelSpec, denoiser: Denoiser, folder: Path | str) -> Pa
     pipe = load_pipeline(spec, parts="encoders")
     pipe.register_modules(**{denoiser.component: module})
     aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    pipe.save_pretrained(aside, safe_serialization=True)
-    aside.rename(folder)
+    try:
+        pipe.save_pretrained(aside, safe_serialization=True)
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     return folder
 
 
@@ -131,6 +146,9 @@ def inspect(spec: ModelSpec) -> tuple[Folder, type[Adapter]]:
     if (library, module_class) != ("diffusers", adapter.module_class):
         raise ModelError(f"{folder.name}: unsupported denoiser: {adapter.component} is {module_class or 'absent'}, "
                          f"{adapter.pipeline} needs {adapter.module_class}")
+    lost = next((part for part in adapter.texts if part not in folder.components), None)
+    if lost is not None:
+        raise ModelError(f"{folder.name}: model_index.json names no {lost}, which a {adapter.pipeline} needs")
     reason = adapter.unsupported(folder.config(adapter.component), folder.config("scheduler"))
     if reason:
         raise ModelError(f"{folder.name}: unsupported denoiser: {reason}")
@@ -178,7 +196,7 @@ def _load_vae(spec: ModelSpec) -> Any:
 def _vae_folder(spec: ModelSpec) -> Path:
     """The folder with the VAE's config.json: of its own, or vae/ inside a pipeline. Raises ModelError."""
     name = spec.pretrained_vae_model_name_or_path
-    path = Path(name) if Path(name).is_dir() else _download(name, None, ["*config.json", "*.safetensors", "vae/*"])
+    path = Path(name) if os.path.isdir(name) else _download(name, None, ["*config.json", "*.safetensors", "vae/*"])
     path = path / "vae" if (path / "vae").is_dir() else path
     found = read_json(path / "config.json", name).get("_class_name")
     if found != "AutoencoderKL":
@@ -190,9 +208,9 @@ def _resolve(spec: ModelSpec) -> Path:
     """A local folder; a hub id is downloaded (or found in the cache) first. Raises ModelError."""
     name = spec.pretrained_model_name_or_path
     path = Path(os.path.expanduser(name))   # Path.expanduser raises on an unknown user
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelError(f"{name}: is a single file; diffalign reads pipeline folders. Convert it once: "
                          f"StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER)")
     if not _HUB_ID.fullmatch(name):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _compat  # noqa: F401  (before diffusers)
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from .base import Denoiser, unwrap
+from .folder import check_weights
 from .spec import LoRA
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def attach(denoiser: Denoiser, lora: LoRA, *, seed: int) -> None:
     module = unwrap(denoiser.module)
     module.requires_grad_(False)
     targets = list(lora.target_modules or denoiser.lora_targets)
+    _check_targets(denoiser, targets if lora.target_modules else [])
     config = LoraConfig(r=lora.rank, lora_alpha=lora.rank if lora.alpha is None else lora.alpha, target_modules=targets,
                         exclude_modules=list(denoiser.idle()) or None, lora_dropout=0.0,
                         init_lora_weights=True if lora.init == "default" else lora.init)
@@ -41,10 +43,31 @@ def attach(denoiser: Denoiser, lora: LoRA, *, seed: int) -> None:
         try:
             module.add_adapter(config, adapter_name=ADAPTER)
         except ValueError as error:
-            raise ConfigError(f"model.lora.target_modules: {targets} matches no layer of this {denoiser.component}; "
-                              f"its family's default is {list(denoiser.lora_targets)}") from error
+            raise ConfigError(f"model.lora.target_modules: {targets} cannot all carry a LoRA ({str(error).splitlines()[0]}); "
+                              f"the family's default is {list(denoiser.lora_targets)}") from error
     for parameter in trained(module).values():
         parameter.data = parameter.data.float()
+
+
+def _check_targets(denoiser: Denoiser, targets: list[str]) -> None:
+    """peft refuses a list of which nothing matches; a single misspelt name among good ones it would pass over."""
+    names = [f".{name}" for name, _ in unwrap(denoiser.module).named_modules()]
+    lost = [target for target in targets if not target or not any(name.endswith(f".{target}") for name in names)]
+    if lost:
+        raise ConfigError(f"model.lora.target_modules: {lost} matches no layer of this {denoiser.component}; "
+                          f"its family's default is {list(denoiser.lora_targets)}")
+
+
+def load(pipe, file: Path) -> None:
+    """Put the LoRA of a ``pytorch_lora_weights.safetensors`` on a stock pipeline. Raises ModelError, one line."""
+    check_weights([file], "the trained LoRA")
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"{file}: does not fit this model ({reason}); run `diffalign train` again") from error
+    if not adapter_layers(getattr(pipe, "unet", None) or pipe.transformer):
+        raise ModelError(f"{file}: holds nothing for this model; run `diffalign train` again")
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

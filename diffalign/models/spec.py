@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+LARGEST_RANK = 2**14  # above the width of every layer known: more adds nothing
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
@@ -20,8 +22,12 @@ class LoRA:
     init: Literal["gaussian", "default"] = "gaussian"
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if not 1 <= self.rank <= LARGEST_RANK:
+            raise ValueError(f"rank must be at least 1 and at most {LARGEST_RANK}, got {self.rank}")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}")
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("target_modules names no layer; null takes the family's attention projections")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +42,7 @@ class ModelSpec:
     variant: str | None = None
     pretrained_vae_model_name_or_path: str | None = None
     lora: LoRA | None = LoRA()
+
+    def __post_init__(self):
+        if not self.pretrained_model_name_or_path.strip():
+            raise ValueError("pretrained_model_name_or_path is empty; give a pipeline folder or a hub id")

@@ -27,10 +27,13 @@ def _process(scheduler_config: dict[str, Any]) -> VariancePreserving:
 
 def _unsupported(config: dict[str, Any], scheduler_config: dict[str, Any]) -> str | None:
     """Why this UNet or noise schedule is not what the adapters assume, or None."""
-    scheduler, prediction = scheduler_config.get("_class_name", ""), scheduler_config.get("prediction_type", "epsilon")
+    scheduler, prediction = str(scheduler_config.get("_class_name", "")), scheduler_config.get("prediction_type", "epsilon")
     if scheduler.startswith("EDM") or "FlowMatch" in scheduler:
         return f"its scheduler {scheduler} is not a variance-preserving DDPM schedule"
-    if prediction not in PARAMETERIZATIONS:
+    steps = scheduler_config.get("num_train_timesteps", 1000)
+    if not isinstance(steps, int) or steps < 1:
+        return f"num_train_timesteps of its scheduler is {steps!r}, not a whole number above 0"
+    if not isinstance(prediction, str) or prediction not in PARAMETERIZATIONS:
         return f"prediction_type '{prediction}' is not one of {', '.join(PARAMETERIZATIONS)}"
     if config.get("in_channels", 4) != config.get("out_channels", 4):
         return f"its UNet takes {config['in_channels']} channels and returns {config['out_channels']} (an inpainting model?)"
@@ -45,6 +48,7 @@ class SD(Adapter):
     """Stable Diffusion 1.x and 2.x. Cond: tokens [N, L, D]."""
 
     family, pipeline, component, module_class = "sd", "StableDiffusionPipeline", "unet", "UNet2DConditionModel"
+    texts = ("text_encoder", "tokenizer")
     lora_targets, kohya_prefix = ATTENTION, "unet"
     kohya_metadata = {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
 
@@ -79,6 +83,7 @@ class SDXL(Adapter):
     """
 
     family, pipeline, component, module_class = "sdxl", "StableDiffusionXLPipeline", "unet", "UNet2DConditionModel"
+    texts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     lora_targets, kohya_prefix = ATTENTION, "unet"
     kohya_metadata = {"ss_base_model_version": "sdxl_base_v1-0",
                       "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}

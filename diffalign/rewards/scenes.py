@@ -41,6 +41,7 @@ SHAPES = ("circle", "square", "triangle", "ring")
 NUMBERS = {"two": 2, "three": 3}
 REGIONS = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS = ("left of", "above")
+HOLE = 0.55  # a ring's inner radius, as a share of its outer one
 KINDS = ("single", "position", "pair", "count")
 
 _OBJECT = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
@@ -204,7 +205,7 @@ def coverage(shape: str, x: float, y: float, r: float, size: int = SIZE, fine: i
     scaled = (x * fine, y * fine, r * fine)
     draw.polygon(outline(shape, *scaled), fill=255)
     if shape == "ring":
-        draw.polygon(outline("circle", scaled[0], scaled[1], 0.55 * scaled[2]), fill=0)
+        draw.polygon(outline("circle", scaled[0], scaled[1], HOLE * scaled[2]), fill=0)
     return np.asarray(canvas, dtype=np.float32).reshape(size, fine, size, fine).mean((1, 3)) / 255
 
 
@@ -261,12 +262,8 @@ def see(picture: np.ndarray, smallest: int = 40) -> tuple[str, list[Blob]]:
     border = np.concatenate([labels[:2].ravel(), labels[-2:].ravel(), labels[:, :2].ravel(), labels[:, -2:].ravel()])
     ground = int(np.bincount(border).argmax())
     regions, _ = ndimage.label(labels != ground, structure=np.ones((3, 3)))
-    found = []
-    for number, window in enumerate(ndimage.find_objects(regions), start=1):
-        mask = regions[window] == number
-        if mask.sum() >= smallest:
-            found.append(_blob(mask, labels[window][mask], window))
-    return COLOURS[ground], found
+    masks = [regions == number for number in range(1, regions.max() + 1)]
+    return COLOURS[ground], [_blob(mask, labels) for mask in masks if mask.sum() >= smallest]
 
 
 def _nearest_colour(picture: np.ndarray) -> np.ndarray:
@@ -275,29 +272,38 @@ def _nearest_colour(picture: np.ndarray) -> np.ndarray:
     return np.square(picture[..., None, :].astype(np.float32) - palette).sum(-1).argmin(-1)
 
 
-def _blob(mask: np.ndarray, labels: np.ndarray, window: tuple[slice, slice]) -> Blob:
-    """What the mask [h, w] shows; a soft edge between two colours may look like a third, so the majority decides."""
+def _blob(mask: np.ndarray, labels: np.ndarray) -> Blob:
+    """What the mask [64, 64] shows; a soft edge between two colours may look like a third, so the majority decides."""
     ys, xs = np.nonzero(mask)
-    x, y = window[1].start + xs.mean() + 0.5, window[0].start + ys.mean() + 0.5
-    return Blob(COLOURS[np.bincount(labels).argmax()], _shape_of(mask), float(x), float(y), int(mask.sum()))
+    x, y = float(xs.mean() + 0.5), float(ys.mean() + 0.5)
+    return Blob(COLOURS[np.bincount(labels[mask]).argmax()], _shape_of(mask, x, y), x, y, len(xs))
 
 
-def _shape_of(mask: np.ndarray, least: float = 0.75) -> str | None:
-    """The shape whose template overlaps the mask best, or None where even that overlap (IoU) is below `least`."""
-    side = max(mask.shape)
-    square = np.zeros((side, side), bool)
-    top, left = (side - mask.shape[0]) // 2, (side - mask.shape[1]) // 2
-    square[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
-    overlaps = {shape: (square & t).sum() / (square | t).sum() for shape, t in _templates(side).items()}
+def _shape_of(mask: np.ndarray, x: float, y: float, least: float = 0.75) -> str | None:
+    """The shape whose template overlaps the mask [64, 64] best (IoU), or None where even that is below `least`.
+    Templates have the mask's area and centroid (x, y), so that a soft corner does not shift them.
+    """
+    grid = np.arange(SIZE) + 0.5
+    overlaps = {}
+    for shape, area in AREAS.items():
+        r = math.sqrt(mask.sum() / area)
+        template = _inside(shape, (grid - x) / r, (grid[:, None] - y) / r)
+        overlaps[shape] = (mask & template).sum() / (mask | template).sum()
     best = max(overlaps, key=overlaps.__getitem__)
     return best if overlaps[best] >= least else None
 
 
-@cache
-def _templates(side: int) -> dict[str, np.ndarray]:
-    """Each shape filling a box of `side` pixels, bool [side, side]."""
-    half = {"square": side / 1.8}
-    return {s: coverage(s, side / 2, side / 2, half.get(s, side / 2), size=side) > 0.5 for s in SHAPES}
+AREAS = {"circle": math.pi, "square": 1.8**2, "triangle": 1.8, "ring": math.pi * (1 - HOLE**2)}  # at r = 1
+
+
+def _inside(shape: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """Which offsets from the centroid, dx [W] and dy [H, 1] in units of r, lie inside the shape: bool [H, W]."""
+    if shape == "square":
+        return np.maximum(abs(dx), abs(dy)) <= 0.9
+    if shape == "triangle":  # the centroid lies two thirds down from the tip
+        return (dy <= 0.6) & (abs(dx) * 1.8 <= dy + 1.2)
+    distance = np.hypot(dx, dy)
+    return (distance <= 1) & (distance >= (HOLE if shape == "ring" else 0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,9 @@ def _draw(pipe, prompts: list[str], seeds: list[int], options: dict) -> list[Ima
     try:
         with torch.no_grad():
             result = pipe(prompt=list(prompts), generator=generators, **options)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise  # torch has no type of its own for the CPU's
         raise ResourceError(f"out of memory while drawing {len(prompts)} pictures at once: lower evaluate.batch_size, "
                             "or evaluate.height and evaluate.width") from error
     images = result.images  # [n, 3, H, W] in [0, 1], before rounding, so that NaN is still visible

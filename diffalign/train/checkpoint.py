@@ -7,6 +7,7 @@ Broken ones found on resume are renamed to ``broken-checkpoint-N`` and the one b
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -53,10 +54,25 @@ def check_writable(output_dir: Path) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"output_dir: cannot write in {output_dir} ({error.strerror or error}); choose a folder that "
                               "you may write in") from error
+
+
+def claim(output_dir: Path) -> int:
+    """Lock the folder: two runs in one would clear away each other's checkpoints. Returns the descriptor that holds the lock
+    until it is closed or the process ends, however it ends. CheckpointError when another process holds it."""
+    descriptor = os.open(output_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(f"output_dir: another run is training in {output_dir} now; wait for it, or choose another "
+                              "output_dir") from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
 
 
 def clean(output_dir: Path) -> None:

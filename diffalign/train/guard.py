@@ -131,6 +131,9 @@ def check_moved(step: int, start: Start, params: dict[str, Tensor], warming_up: 
     caller asks again after the warm-up.
     """
     stuck, still = start.stuck(params), start.still(params)
+    if stuck and len(stuck) == len(params):
+        raise TrainingError(f"step {step}: all trainable tensors get no gradient: no group of these steps says what is better "
+                            "(ties, or only disliked pictures), or the adapter is cut off from the forward")
     if stuck:
         raise TrainingError(f"step {step}: {len(stuck)} of {len(params)} trainable tensors get no gradient ({_few(stuck)}): "
                             "they are not part of the forward, or gradient checkpointing or an adapter switch cut them off")
@@ -176,7 +179,9 @@ def readable_out_of_memory(spec, device: torch.device):
     """Turns the device's out-of-memory error into a ResourceError with figures and remedies, in order."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise  # torch has no type of its own for the CPU's
         peak = f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
         raise ResourceError(
             f"out of memory on {device}{peak}, with train.train_batch_size={spec.train_batch_size}. Try, in this order: "

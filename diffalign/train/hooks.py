@@ -8,9 +8,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from ..errors import ResourceError
 from .state import Report, RunState, Window, means
 
 RECENT = 50  # steps that the progress bar averages over
@@ -81,26 +83,36 @@ class Log:
 
 
 def _append(path: Path, line: dict) -> None:
-    with open(path, "a") as file:
+    with _disk(path), open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def _disk(path: Path):
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {error.strerror or error}. Make space, then run the same command again: "
+                            "it goes on from the last checkpoint") from error
 
 
 def truncate_log(path: Path, step: int) -> None:
     """Drop the lines beyond a restored step, partial ones and a torn last one, so that the run goes on without duplicates."""
     if not path.exists():
         return
-    kept = [text for text in path.read_text().splitlines() if _belongs(text, step)]
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text("".join(f"{text}\n" for text in kept))
-    os.replace(aside, path)
+    with _disk(path):
+        kept = [text for text in path.read_text(errors="replace").splitlines() if _belongs(text, step)]
+        aside.write_text("".join(f"{text}\n" for text in kept))
+        os.replace(aside, path)
 
 
 def _belongs(text: str, step: int) -> bool:
     try:
         line = json.loads(text)
-    except ValueError:
+        return line["step"] <= step and not line.get("partial", False)
+    except (ValueError, LookupError, TypeError, AttributeError):
         return False
-    return line["step"] <= step and not line.get("partial", False)
 
 
 class Progress:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+LARGEST = 2**20  # of a batch or an accumulation: far beyond any use, far below what overflows an index
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
@@ -50,8 +52,18 @@ class TrainSpec:
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        for name in ("train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) > LARGEST:
+                raise ValueError(f"{name} must be at most {LARGEST:,}, got {getattr(self, name)}")
+        for name in ("lr_warmup_steps", "logging_steps", "validation_steps", "dataloader_num_workers", "adam_weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "adam_epsilon"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.checkpoints_total_limit < 2:

@@ -7,6 +7,7 @@ that a resumed run repeats the uncut one to the bit.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
@@ -93,7 +94,7 @@ class _Trainer:
         self.world, self.device = world_of(accelerator), accelerator.device
         self.groups_per_step = spec.train_batch_size * spec.gradient_accumulation_steps * self.world.size
         self.state, self.initial_loss, self.saved_step, self.save_is_due, self.skips = RunState(), None, None, False, 0
-        self.signals, self.notes = guard.Signals(), []
+        self.signals, self.notes, self.lock = guard.Signals(), [], None
         self._place()
         self.feed = Feed(source, self.device, spec.dataloader_num_workers > 0, spec.max_train_steps)
         self.recent = Recent()
@@ -113,11 +114,13 @@ class _Trainer:
 
     @contextmanager
     def running(self):
-        """Whatever happens, the caller gets its plain module back, and threads and trackers end."""
+        """Whatever happens, the caller gets its plain module back, the folder is free, and threads and trackers end."""
         self.progress = Progress(self.spec.max_train_steps, self.spec.logging_steps, visible=False)
         try:
             yield
         finally:
+            if self.lock is not None:
+                os.close(self.lock)
             self.feed.close()
             self.progress.close()
             stop_trackers(self.accelerator)
@@ -222,8 +225,13 @@ class _Trainer:
         state.samples += self.groups_per_step
 
     def _check_moved(self) -> None:
-        """After the third update (or the last step's), and again when the warm-up is over if something stood still."""
+        """After the third update (or the last step's), and again when the warm-up is over if something stood still.
+
+        A warm-up begins at a learning rate of zero: that step moves nothing, and so gives no tensor its first gradient.
+        """
         state, last = self.state, self.state.step + 1 == self.spec.max_train_steps
+        if last and self.rate(max(0, state.step - 1)) == 0:
+            return  # too short a run to tell
         warming_up = self.spec.lr_scheduler != "constant" and state.step + 1 < self.spec.lr_warmup_steps
         if state.updates <= CHECK_MOVED:
             self.start.note_gradients(self.params)
@@ -252,8 +260,8 @@ class _Trainer:
 
     def _check_start(self) -> None:
         """Every weight set must agree with the policy before the first step; prints the loss that this gives."""
-        batch = self.feed.take(0)[0]
         with guard.readable_out_of_memory(self.spec, self.device):
+            batch = self.feed.take(0)[0]
             loss, apart = guard.compare_sets(self.method, to_device(batch, self.device), self._context())
         raise_together(self.world, guard.disagreement_error(apart))
         local = torch.stack([loss.per_group.sum().double(), batch.valid.any(1).sum().to(self.device).double()])
@@ -339,6 +347,7 @@ class _Trainer:
         if self.spec.resume == "never" and checkpoint.checkpoints(self.output_dir):
             raise CheckpointError(f"train.resume: {self.output_dir} holds checkpoints of an earlier run, and resume=never "
                                   "will not touch them; choose another output_dir, or resume=auto to continue it")
+        self.lock = checkpoint.claim(self.output_dir)
         checkpoint.clean(self.output_dir)
         folder, notes = checkpoint.newest(self.output_dir)
         self.notes = [f"note: {note}; the folder was renamed to broken-..., {folder.name} is used instead" for note in notes]
