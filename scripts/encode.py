@@ -1,4 +1,4 @@
-"""Build the cache of latents and text embeddings: python scripts/encode.py CONFIG [key=value ...], the same as `diffalign encode`."""
+"""Encode latents and text embeddings: python scripts/encode.py CONFIG [key=value ...], the same as `diffalign encode`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Compare base and aligned model, with interval and report: python scripts/evaluate.py CONFIG [key=value ...], the same as `diffalign evaluate`."""
+"""Compare base and aligned model: python scripts/evaluate.py CONFIG [key=value ...], the same as `diffalign evaluate`."""
 
 import sys
 
