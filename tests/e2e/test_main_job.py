@@ -29,6 +29,13 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def apart(a, b) -> float:
+    """Norm of the difference over the norm. AdamW's first steps are nearly the gradient's sign, so where a gradient is about 0
+    rounding decides; the bound on the gradients themselves, 1e-6, is in tests/train."""
+    difference = sum((a[name] - b[name]).square().sum() for name in b)
+    return (difference / sum(tensor.square().sum() for tensor in b.values())).sqrt().item()
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
@@ -103,9 +110,9 @@ def test_the_python_api_does_the_same(done, small, tmp_path):
 def test_accumulation_does_not_matter(done, small, tmp_path):
     file = small(tmp_path, train={"train_batch_size": 1, "gradient_accumulation_steps": 4})
     assert main(["train", str(file)]) == 0
-    ours, theirs = lora(tmp_path), lora(done)
-    for name in ours:
-        assert torch.allclose(ours[name], theirs[name], atol=2e-5), name
+    a, b = ([line["loss"] for line in metrics(folder) if "loss" in line] for folder in (tmp_path, done))
+    assert a == pytest.approx(b, abs=1e-4)
+    assert apart(lora(tmp_path), lora(done)) < 0.02
 
 
 def test_kill_and_the_same_command_again(done, small, tmp_path):
@@ -168,11 +175,9 @@ def test_two_processes_equal_one(done, small, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-2000:]
-    ours, theirs = lora(tmp_path), lora(done)
-    for name in ours:
-        assert torch.allclose(ours[name], theirs[name], atol=2e-5), name
+    assert apart(lora(tmp_path), lora(done)) < 0.02
     a, b = ([line["loss"] for line in metrics(folder) if "loss" in line] for folder in (tmp_path, done))
-    assert a == pytest.approx(b, abs=1e-5)
+    assert a == pytest.approx(b, abs=1e-4)
 
 
 def test_encode_and_check(small, tmp_path, capsys):
