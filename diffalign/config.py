@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
 import re
 import types
@@ -85,10 +83,6 @@ def as_tree(value) -> object:
 
 def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)
-
-
-def config_hash(recipe: Recipe) -> str:
-    return hashlib.sha256(json.dumps(as_tree(recipe), sort_keys=True).encode()).hexdigest()[:16]
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
