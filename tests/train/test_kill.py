@@ -21,7 +21,7 @@ LIMIT = 60
 
 
 def start(folder, pause, **options):
-    """The toy run in a process of its own, with as many threads as this one: sums in another order differ in their last bits."""
+    """The toy run in a process of its own, with as many threads as here: sums in another order differ in their last bits."""
     choice = json.dumps({"train": {**OPTIONS, **options}, "pause": pause})
     return subprocess.Popen([sys.executable, "-m", "tests.train.toy", str(folder), choice], cwd=ROOT, stderr=subprocess.PIPE,
                             text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
