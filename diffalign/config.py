@@ -51,6 +51,7 @@ _SLOTS = {
     objectives.Objective: (objectives.OBJECTIVES, None, "diffalign.objectives"),
     objectives.Link: (objectives.LINKS, "logistic", "diffalign.links"),
     objectives.Pairs: (objectives.PAIRS, "best_worst", None),
+    objectives.Labels: (objectives.LABELS, "hard", "diffalign.labels"),
     likelihood.Weighting: (likelihood.WEIGHTINGS, "simple", None),
     process.NoisePlan: (process.NOISES, "shared", None),
     process.Times: (process.TIMES, "uniform", None),
@@ -320,6 +321,9 @@ def _cross_check(recipe: Recipe) -> None:
                           f"{recipe.objective.min_k}")
     if recipe.data.ties == "soft" and not takes_soft_labels(recipe.objective):
         raise ConfigError("data.ties: 'soft' needs objective.link.kind logistic; the other links have no soft form")
+    if recipe.objective.needs_scores and recipe.data.layout in ("pickapic", "chosen_rejected", "unpaired"):
+        raise ConfigError(f"data.layout: '{recipe.data.layout}' has no scores, which {recipe.objective.title} needs; "
+                          "use scored lists (prompt, images, scores)")
 
 
 def takes_soft_labels(objective: objectives.Objective) -> bool:

@@ -1,15 +1,39 @@
-"""Objectives, links and pair rules. Imports torch and the types, nothing else of the package."""
+"""Objectives, links, pair rules and labels. Imports torch and the types, nothing else of the package."""
 
 from .base import Objective
-from .links import Hinge, Link, Logistic, Robust, Squared
+from .kto import KTO
+from .labels import DCG, GapWeight, Hard, Labels, Offset, SoftMargin, SoftTarget
+from .links import (
+    BCO,
+    EXO,
+    NCA,
+    SPPO,
+    APODown,
+    APOZero,
+    DiscoPOP,
+    FDivergence,
+    Hinge,
+    Link,
+    Logistic,
+    Robust,
+    Squared,
+)
+from .listwise import PlackettLuce, SetContrast
 from .mapo import MaPO, MaPOAAAI
+from .orpo import ORPO
 from .pairs import AllPairs, BestWorst, Pairs
 from .pairwise import Pairwise
 from .sft import SFT, Anchored
 
-OBJECTIVES = {"dpo": Pairwise, "mapo": MaPO, "mapo_aaai": MaPOAAAI, "sft": SFT, "anchored": Anchored}
-LINKS = {"logistic": Logistic, "ipo": Squared, "hinge": Hinge, "robust": Robust}
+OBJECTIVES = {"dpo": Pairwise, "mapo": MaPO, "mapo_aaai": MaPOAAAI, "sft": SFT, "anchored": Anchored, "kto": KTO, "orpo": ORPO,
+              "plackett_luce": PlackettLuce, "set_contrast": SetContrast}
+LINKS = {"logistic": Logistic, "ipo": Squared, "hinge": Hinge, "robust": Robust, "exo": EXO, "discopop": DiscoPOP,
+         "f_divergence": FDivergence, "nca": NCA, "bco": BCO, "sppo": SPPO, "apo_zero": APOZero, "apo_down": APODown}
 PAIRS = {"best_worst": BestWorst, "all": AllPairs}
+LABELS = {"hard": Hard, "soft_target": SoftTarget, "soft_margin": SoftMargin, "offset": Offset, "dcg": DCG,
+          "gap_weight": GapWeight}
 
-__all__ = ["LINKS", "OBJECTIVES", "PAIRS", "SFT", "AllPairs", "Anchored", "BestWorst", "Hinge", "Link", "Logistic", "MaPO",
-           "MaPOAAAI", "Objective", "Pairs", "Pairwise", "Robust", "Squared"]
+__all__ = ["BCO", "DCG", "EXO", "KTO", "LABELS", "LINKS", "NCA", "OBJECTIVES", "ORPO", "PAIRS", "SFT", "SPPO", "APODown",
+           "APOZero", "AllPairs", "Anchored", "BestWorst", "DiscoPOP", "FDivergence", "GapWeight", "Hard", "Hinge", "Labels",
+           "Link", "Logistic", "MaPO", "MaPOAAAI", "Objective", "Offset", "Pairs", "Pairwise", "PlackettLuce", "Robust",
+           "SetContrast", "SoftMargin", "SoftTarget", "Squared"]

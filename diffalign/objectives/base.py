@@ -11,11 +11,12 @@ class Objective(Protocol):
     """Pure: the same estimate, batch and memory give the same loss.
 
     reference_free: True when no reference is read; the reference pass is then never run. min_k: smallest group it accepts.
-    title: its name in reports.
+    needs_scores: True when the size of the utilities matters, not their order alone. title: its name in reports.
     """
 
     reference_free: bool
     min_k: int
+    needs_scores: bool
     title: str
 
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss: ...

@@ -44,6 +44,7 @@ class MaPO:
     title = "MaPO"
     reference_free = True
     min_k = 2
+    needs_scores = False
 
     def __post_init__(self):
         if not self.beta >= 0:
@@ -74,6 +75,7 @@ class MaPOAAAI:
     title = "MaPO (AAAI variant)"
     reference_free = True
     min_k = 2
+    needs_scores = False
 
     def __post_init__(self):
         if not self.beta > 0:

@@ -1,29 +1,36 @@
-"""Pairwise preference objectives: Diffusion-DPO and its links."""
+"""Pairwise preference objectives: a pair rule, a labeler and a link."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ..types import Batch, Estimate, Loss, Memory
-from .links import Link, Logistic, _soft_logistic
+from .labels import Hard, Labels
+from .links import Link, Logistic
 from .pairs import BestWorst, Pairs
+
+CENTRE = "log_ratio"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairwise:
-    """loss = link(beta, log-ratio of the winner - log-ratio of the loser).
+    """loss = weight * link(beta, scale * log-ratio of the winner, of the loser), averaged over both orders by the label.
 
     With the logistic link this is Diffusion-DPO (arXiv 2311.12908, Eq. 14). beta is the reference code's: mean-reduced error
     and the factor 1/2 inside the estimate, so kappa = beta/2 (diffusion_dpo.md section 2; published 2000 to 5000).
-    reference_free: compare likelihoods of the policy alone. Soft labels (``batch.soft``) need the logistic link.
+    reference_free: compare likelihoods of the policy alone. centre: subtract the running mean of the log-ratio from both
+    sides (BCO's shift; pointwise links alone see it; last step's value).
     """
 
     beta: float
     link: Link = Logistic()
     pairs: Pairs = BestWorst()
+    labels: Labels = Hard()
     reference_free: bool = False
+    centre: bool = False
     min_k = 2
 
     def __post_init__(self):
@@ -35,18 +42,25 @@ class Pairwise:
         """The method's name in reports."""
         return self.link.title
 
+    @property
+    def needs_scores(self) -> bool:
+        return self.labels.needs_scores
+
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
         b, w, l = self.pairs(batch)
-        ratio = est.log_ratio
-        margin = ratio[b, w] - ratio[b, l]
-        logit = (self.beta * margin).detach()
-        return Loss.from_rows(self._rows(margin, b, batch), b, batch, logit=logit,
-                              saturated=(logit.abs() > 5).float(), gradient=torch.sigmoid(-logit))
+        label = self.labels(batch, b, w, l)
+        shift = memory.read(CENTRE) if self.centre else 0.0
+        winner, loser = ((est.log_ratio[b, i] - shift) * label.scale for i in (w, l))
+        rows = label.weight * self._both_orders(winner, loser, label.p, label.offset / (2 * self.beta))
+        logit = (self.beta * (winner - loser) - label.offset).detach()
+        loss = Loss.from_rows(rows, b, batch, logit=logit, saturated=(logit.abs() > 5).float(), gradient=torch.sigmoid(-logit))
+        if self.centre:
+            both = torch.cat([est.log_ratio[b, w], est.log_ratio[b, l]]).detach()
+            loss = replace(loss, observed={CENTRE: (both.sum(), torch.tensor(float(len(both)), device=both.device))})
+        return loss
 
-    def _rows(self, margin, b, batch: Batch):
-        if batch.soft is None:
-            return self.link(margin, self.beta)
-        if not isinstance(self.link, Logistic):
-            raise ValueError("soft labels need the logistic link")
-        return _soft_logistic(self.beta * margin, (1 - 2 * self.link.smoothing) * batch.soft[b] + self.link.smoothing)
-
+    def _both_orders(self, winner: Tensor, loser: Tensor, p: Tensor, half: Tensor) -> Tensor:
+        """The offset is split between the two sides, so that pointwise links see it as well."""
+        right = self.link(winner - half, loser + half, self.beta)
+        swapped = self.link(loser - half, winner + half, self.beta)
+        return p * right + (1 - p) * swapped

@@ -28,6 +28,7 @@ def winners(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 class SFT:
     """The winner's mean squared denoising error (the card's ell^w), weight 1."""
 
+    needs_scores = False
     title = "SFT on winners"
     reference_free = True
     min_k = 1
@@ -47,6 +48,10 @@ class Anchored:
     def __post_init__(self):
         if self.weight < 0:
             raise ValueError(f"weight must be at least 0, got {self.weight}")
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.objective.needs_scores
 
     @property
     def title(self) -> str:

@@ -76,7 +76,7 @@ def test_refusals_name_the_path(path, override, words):
 
 def test_options_that_do_not_fit_together(path):
     assert refusal(path, "data.layout=unpaired").startswith("data.layout:")
-    assert refusal(path, "data.ties=soft", "objective.link=hinge").startswith("data.ties:")
+    assert refusal(path, "data.layout=pickapic", "objective.labels=dcg").startswith("data.layout:")
 
 
 def test_missing_options_and_files(path, tmp_path):

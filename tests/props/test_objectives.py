@@ -5,13 +5,44 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffalign.objectives import SFT, AllPairs, Anchored, BestWorst, Hinge, Logistic, MaPO, MaPOAAAI, Pairwise, Robust, Squared
+from diffalign.objectives import (
+    BCO,
+    DCG,
+    EXO,
+    KTO,
+    NCA,
+    ORPO,
+    SFT,
+    SPPO,
+    AllPairs,
+    Anchored,
+    APODown,
+    APOZero,
+    BestWorst,
+    DiscoPOP,
+    FDivergence,
+    Hinge,
+    Logistic,
+    MaPO,
+    MaPOAAAI,
+    Offset,
+    Pairwise,
+    PlackettLuce,
+    Robust,
+    SetContrast,
+    SoftMargin,
+    SoftTarget,
+    Squared,
+)
 from diffalign.types import Batch, Cond, Estimate, Memory
 
-LINKS = [Logistic(), Logistic(smoothing=0.2), Robust(flip=0.2), Squared(), Hinge()]
+MARGIN_LINKS = [Logistic(), Logistic(smoothing=0.2), Robust(flip=0.2), Squared(), Hinge()]
+LINKS = [*MARGIN_LINKS, EXO(epsilon=0.1), DiscoPOP(), NCA(), BCO(), SPPO(), APOZero(), APODown(),
+         *[FDivergence(divergence=name) for name in ("reverse_kl", "forward_kl", "js", "alpha")]]
 OBJECTIVES = [*[Pairwise(beta=b, link=link) for link in LINKS for b in (1.0, 50.0)], Pairwise(beta=3, pairs=AllPairs()),
               Pairwise(beta=3, reference_free=True), MaPO(), MaPOAAAI(), SFT(),
-              Anchored(objective=Pairwise(beta=5), weight=0.3)]
+              Anchored(objective=Pairwise(beta=5), weight=0.3), KTO(beta=3), ORPO(), PlackettLuce(beta=2), SetContrast(beta=2, alpha=0.1),
+              *[Pairwise(beta=3, pairs=AllPairs(), labels=x) for x in (DCG(), SoftMargin(), SoftTarget(), Offset(constant=0.2, alpha=0.5))]]
 
 
 def groups(error, reference, utility=None, valid=None):
@@ -50,7 +81,7 @@ def test_order_inside_a_group_does_not_matter(objective):
 @pytest.mark.parametrize("beta", [1e-3, 1.0, 2000.0, 1e5])
 def test_extremes_stay_finite(link, beta):
     margin = torch.tensor([0, 1e-8, -1e-8, 1, -1, 50, -50, 1e4, -1e4], requires_grad=True)
-    loss = link(margin, beta)
+    loss = link(margin, -margin / 2, beta)
     loss.sum().backward()
     assert torch.isfinite(loss).all() and torch.isfinite(margin.grad).all()
     if isinstance(link, Logistic):
@@ -70,21 +101,21 @@ def test_swap_negates_and_constants_cancel(errors, beta, shift):
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.sampled_from(LINKS), st.floats(-2, 2), st.floats(0.01, 1), st.floats(0.5, 20))
+@given(st.sampled_from(MARGIN_LINKS), st.floats(-2, 2), st.floats(0.01, 1), st.floats(0.5, 20))
 def test_links_fall_until_their_minimum(link, margin, step, beta):
     minimum = {Squared: 1 / (2 * beta), Hinge: 1 / beta}.get(type(link), torch.inf)
     if isinstance(link, Logistic) and link.smoothing:
         minimum = torch.logit(torch.tensor(1 - link.smoothing, dtype=torch.float64)).item() / beta
     if margin + step < minimum:
-        low, high = (link(torch.tensor([m], dtype=torch.float64), beta).item() for m in (margin + step, margin))
+        low, high = (link(torch.tensor([m], dtype=torch.float64), torch.zeros(1, dtype=torch.float64), beta).item() for m in (margin + step, margin))
         assert low <= high + 1e-12
 
 
 def test_robust_is_unbiased_under_flips():
     # (1-e) * robust(z) + e * robust(-z) = logistic(z), for every z
     z = torch.linspace(-5, 5, 11, dtype=torch.float64)
-    link = Robust(flip=0.3)
-    assert torch.allclose(0.7 * link(z, 1.0) + 0.3 * link(-z, 1.0), Logistic()(z, 1.0))
+    link, zero = Robust(flip=0.3), torch.zeros(11, dtype=torch.float64)
+    assert torch.allclose(0.7 * link(z, zero, 1.0) + 0.3 * link(-z, zero, 1.0), Logistic()(z, zero, 1.0))
 
 
 def test_invalid_candidates_and_ties_give_nothing():
