@@ -48,7 +48,7 @@ class Hard:
 
 @dataclass(frozen=True, kw_only=True)
 class SoftTarget:
-    """p = sigmoid(gamma * gap): MMPO (Kim et al. 2024, arXiv 2410.03145); a cross-entropy that pulls near-ties to zero margin."""
+    """p = sigmoid(gamma * gap): MMPO (Kim et al. 2024, arXiv 2410.03145); a cross-entropy, so near-ties are pulled together."""
 
     gamma: float = 1.0
     needs_scores = True
@@ -105,7 +105,7 @@ class Offset:
 
 @dataclass(frozen=True, kw_only=True)
 class DCG:
-    """RankDPO's weights (arXiv 2410.18013, Eq. 6): |2^u_i - 2^u_j| * |1/ln(1+rank_i) - 1/ln(1+rank_j)|, true ranks, natural log.
+    """RankDPO's weights (arXiv 2410.18013, Eq. 6): |2^u_i - 2^u_j| * |1/ln(1+rank_i) - 1/ln(1+rank_j)|, of the true ranks.
 
     Utilities should lie in [0, 1] (win shares). Equal utilities take their average rank; their own pair weighs nothing.
     """
@@ -117,15 +117,17 @@ class DCG:
         both = valid[:, None, :] & valid[:, :, None]
         above = ((utility[:, None, :] > utility[:, :, None]) & both).sum(2)
         level = ((utility[:, None, :] == utility[:, :, None]) & both).sum(2)
-        discount = 1 / torch.log1p(1 + above + (level - 1) / 2)
+        discount = 1 / torch.log1p((1 + above).to(utility.dtype) + (level - 1) / 2)
         gain = torch.exp2(utility)
         return _label(utility[b, w], weight=(gain[b, w] - gain[b, l]).abs() * (discount[b, w] - discount[b, l]).abs())
 
 
 @dataclass(frozen=True, kw_only=True)
 class GapWeight:
-    """weight = min(most, gap^power): negative power for MaDPO-like emphasis on near-ties (arXiv 2510.05342; its weight function
-    is not published, this one is ours), positive for emphasis on clear pairs."""
+    """weight = min(most, gap^power): a negative power stresses near-ties, a positive one clear pairs.
+
+    After MaDPO (arXiv 2510.05342), whose weight function was not to be had: this one is ours.
+    """
 
     power: float = 1.0
     most: float = 10.0

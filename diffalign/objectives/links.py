@@ -47,7 +47,7 @@ class Logistic:
 
 @dataclass(frozen=True, kw_only=True)
 class Robust:
-    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409): unbiased under labels flipped at rate ``flip``. May be negative."""
+    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409): unbiased at a label flip rate ``flip``. Can be below 0."""
 
     flip: float = 0.1
     title = "Robust Diffusion-DPO"
@@ -72,7 +72,7 @@ class Squared:
 
 @dataclass(frozen=True)
 class Hinge:
-    """max(0, 1 - h): SLiC/RSO (arXiv 2305.10425, 2309.06657). Without a reference and with beta = 1/gamma it is RePO / gamma."""
+    """max(0, 1 - h): SLiC/RSO (arXiv 2305.10425, 2309.06657). Reference-free with beta = 1/gamma it is RePO / gamma."""
 
     title = "Diffusion-SLiC"
 
@@ -157,7 +157,7 @@ class FDivergence:
 
 @dataclass(frozen=True)
 class NCA:
-    """Noise contrastive alignment, pair form (Chen et al. 2024, arXiv 2402.05369): keeps the winner's likelihood from falling."""
+    """Noise contrastive alignment on pairs (Chen et al. 2024, arXiv 2402.05369): keeps winners from becoming less likely."""
 
     title = "Diffusion-NCA"
 
@@ -168,7 +168,7 @@ class NCA:
 
 @dataclass(frozen=True)
 class BCO:
-    """Binary classifier optimisation (Jung et al. 2024, arXiv 2404.04656) on pairs; the running mean is ``Pairwise.centre``."""
+    """Binary classifier optimisation on pairs (Jung et al. 2024, arXiv 2404.04656); its running mean is ``Pairwise.centre``."""
 
     title = "Diffusion-BCO"
 

@@ -41,8 +41,10 @@ LINKS = [*MARGIN_LINKS, EXO(epsilon=0.1), DiscoPOP(), NCA(), BCO(), SPPO(), APOZ
          *[FDivergence(divergence=name) for name in ("reverse_kl", "forward_kl", "js", "alpha")]]
 OBJECTIVES = [*[Pairwise(beta=b, link=link) for link in LINKS for b in (1.0, 50.0)], Pairwise(beta=3, pairs=AllPairs()),
               Pairwise(beta=3, reference_free=True), MaPO(), MaPOAAAI(), SFT(),
-              Anchored(objective=Pairwise(beta=5), weight=0.3), KTO(beta=3), ORPO(), PlackettLuce(beta=2), SetContrast(beta=2, alpha=0.1),
-              *[Pairwise(beta=3, pairs=AllPairs(), labels=x) for x in (DCG(), SoftMargin(), SoftTarget(), Offset(constant=0.2, alpha=0.5))]]
+              Anchored(objective=Pairwise(beta=5), weight=0.3), KTO(beta=3), ORPO(), PlackettLuce(beta=2),
+              SetContrast(beta=2, alpha=0.1),
+              *[Pairwise(beta=3, pairs=AllPairs(), labels=x) 
+                for x in (DCG(), SoftMargin(), SoftTarget(), Offset(constant=0.2, alpha=0.5))]]
 
 
 def groups(error, reference, utility=None, valid=None):
@@ -107,7 +109,8 @@ def test_links_fall_until_their_minimum(link, margin, step, beta):
     if isinstance(link, Logistic) and link.smoothing:
         minimum = torch.logit(torch.tensor(1 - link.smoothing, dtype=torch.float64)).item() / beta
     if margin + step < minimum:
-        low, high = (link(torch.tensor([m], dtype=torch.float64), torch.zeros(1, dtype=torch.float64), beta).item() for m in (margin + step, margin))
+        zero = torch.zeros(1, dtype=torch.float64)
+        low, high = (link(zero + m, zero, beta).item() for m in (margin + step, margin))
         assert low <= high + 1e-12
 
 
