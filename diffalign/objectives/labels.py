@@ -48,7 +48,7 @@ class Hard:
 
 @dataclass(frozen=True, kw_only=True)
 class SoftTarget:
-    """p = sigmoid(gamma * gap): MMPO (Kim et al. 2024, arXiv 2410.03145); a cross-entropy, so near-ties are pulled together."""
+    """p = sigmoid(gamma * gap): MMPO (Kim et al. 2024, arXiv 2410.03145); a cross-entropy, near-ties are pulled together."""
 
     gamma: float = 1.0
     needs_scores = True

@@ -168,7 +168,7 @@ class NCA:
 
 @dataclass(frozen=True)
 class BCO:
-    """Binary classifier optimisation on pairs (Jung et al. 2024, arXiv 2404.04656); its running mean is ``Pairwise.centre``."""
+    """Binary classifier optimisation on pairs (Jung et al. 2024, 2404.04656); the running mean is ``Pairwise.centre``."""
 
     title = "Diffusion-BCO"
 
