@@ -59,8 +59,12 @@ _SLOTS = {
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """A recipe from a YAML file and ``key=value`` overrides. Raises ConfigError naming the option's path."""
-    tree = read_yaml(Path(path))
+    """A recipe from a YAML file and ``key=value`` overrides. Raises ConfigError naming the option's path.
+
+    ``extends: other.yaml``, relative to the file, starts from that recipe: sections are merged option by option, except that a
+    slot whose ``kind`` is given starts afresh.
+    """
+    tree = read_tree(Path(path))
     for override in overrides:
         apply_override(tree, override)
     return build_recipe(tree)
@@ -150,6 +154,30 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of options, got {type(tree).__name__}")
     return tree
+
+
+def read_tree(path: Path, below: tuple[Path, ...] = ()) -> dict:
+    """The file's tree on top of the one it extends."""
+    tree = read_yaml(path)
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: expected the name of a recipe, got {_show(base)}")
+    chain = (*below, path.resolve())
+    if (path.parent / base).resolve() in chain:
+        raise ConfigError(f"{path}: extends: {base} extends this recipe itself")
+    return _merged(read_tree(path.parent / base, chain), tree)
+
+
+def _merged(base: dict, over: dict) -> dict:
+    """``over`` on ``base``; a mapping with a kind of its own replaces what was there."""
+    result = dict(base)
+    for name, value in over.items():
+        old = result.get(name)
+        both = isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
+        result[name] = _merged(old, value) if both else value
+    return result
 
 
 def _near(path: Path) -> str:
@@ -315,18 +343,19 @@ def _did_you_mean(word: str, known: typing.Sequence[str]) -> str:
 
 # --- options that don't fit together --------------------------------------------------------------------------------
 
+UNSCORED = ("pickapic", "chosen_rejected", "unpaired")  # layouts that say who is better, not by how much
+
+
 def _cross_check(recipe: Recipe) -> None:
-    if recipe.data.layout == "unpaired" and recipe.objective.min_k > 1:
-        raise ConfigError(f"data.layout: 'unpaired' has one picture a group, but {type(recipe.objective).__name__} compares "
-                          f"{recipe.objective.min_k}")
-    if recipe.data.ties == "soft" and not takes_soft_labels(recipe.objective):
-        raise ConfigError("data.ties: 'soft' needs objective.link.kind logistic; the other links have no soft form")
-    if recipe.objective.needs_scores and recipe.data.layout in ("pickapic", "chosen_rejected", "unpaired"):
-        raise ConfigError(f"data.layout: '{recipe.data.layout}' has no scores, which {recipe.objective.title} needs; "
-                          "use scored lists (prompt, images, scores)")
+    check_layout(recipe, recipe.data.layout)
 
 
-def takes_soft_labels(objective: objectives.Objective) -> bool:
-    """False for a link without a soft form, also in an objective inside another one."""
-    link, inner = getattr(objective, "link", None), getattr(objective, "objective", None)
-    return (link is None or isinstance(link, objectives.Logistic)) and (inner is None or takes_soft_labels(inner))
+def check_layout(recipe: Recipe, layout: str) -> None:
+    """Raises ConfigError when data of this layout cannot serve the objective. "auto" passes: nothing is known yet."""
+    objective = recipe.objective
+    if layout == "unpaired" and objective.min_k > 1:
+        raise ConfigError(f"data.layout: 'unpaired' has one picture a group, but {objective.title} compares "
+                          f"{objective.min_k}; use pairs or ranked lists, or objective.kind=kto")
+    if layout in UNSCORED and objective.needs_scores:
+        raise ConfigError(f"data.layout: '{layout}' has no scores, which {objective.title} needs; use ranked lists (prompt, "
+                          "images, scores), or data.layout=pickapic_scored where the columns score_0 and score_1 are")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import data
-from .config import Recipe, as_tree, dump, takes_soft_labels
+from .config import Recipe, as_tree, check_layout, dump
 from .data.check import check as look_at
 from .errors import ConfigError, ResourceError, UserError
 from .evaluate.card import write_card
@@ -55,6 +55,7 @@ def train(recipe: Recipe, printer: Printer = _silent) -> dict:
     """
     started, output_dir = time.monotonic(), Path(recipe.output_dir)
     base = model_identity(recipe.model)  # a wrong model is refused before anything is written
+    check_layout(recipe, data.detect_layout(recipe.data))
     _check_judge(recipe)
     check_writable(output_dir)
     accelerator = make_accelerator(recipe.train, output_dir)
@@ -149,9 +150,6 @@ def _check_fit(recipe: Recipe, source: data.Offline) -> None:
     if source.k < recipe.objective.min_k:
         raise ConfigError(f"objective: {_method_name(recipe)} compares {recipe.objective.min_k} candidates, but "
                           f"{recipe.data.path} has {source.k} a group; use objective.kind=sft or another data set")
-    if source.soft and not takes_soft_labels(recipe.objective):
-        raise ConfigError(f"objective.link.kind: {recipe.data.path} has labels between 0 and 1, which only the logistic link "
-                          "understands; use that one, or round the labels")
 
 
 def _metadata(recipe: Recipe) -> dict[str, str]:

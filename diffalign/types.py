@@ -94,7 +94,8 @@ class Estimate:
 
     policy: [B, K] float32 with grad. reference: the same under the reference set, or None. error: [B, K] float32 with grad,
     mean squared error per element in the model's native space, before weighting. reference_error: the same, or None.
-    t: [B, K] float32, time used (mean over draws).
+    t: [B, K] float32, time used (mean over draws). anchor: [B, K] float32 with grad, 1/2 * weight * mean squared difference of
+    the predictions of policy and base model, for methods that penalise it, else None.
     """
 
     policy: Tensor
@@ -102,6 +103,7 @@ class Estimate:
     error: Tensor
     reference_error: Tensor | None
     t: Tensor
+    anchor: Tensor | None = None
 
     @property
     def log_ratio(self) -> Tensor:

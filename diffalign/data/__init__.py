@@ -7,7 +7,8 @@ from importlib import import_module as _import
 
 _PUBLIC = {
     "DataSpec": "spec", "Cache": "cache", "CacheReport": "encoding", "encode": "encoding", "Offline": "offline",
-    "fixed_batches": "offline", "Order": "order", "has_validation": "columns", "read_rows": "columns",
+    "fixed_batches": "offline", "Order": "order", "detect_layout": "columns",
+    "has_validation": "columns", "read_rows": "columns",
 }
 __all__ = list(_PUBLIC)
 

@@ -3,6 +3,7 @@
 Layouts (``prompt`` may also be called ``caption`` or ``text``):
   pickapic         jpg_0, jpg_1, label_0[, label_1], caption     label_0 = P(jpg_0 preferred): 0, 0.5 (tie), 1 or between
   chosen_rejected  prompt, chosen, rejected
+  pickapic_scored  jpg_0, jpg_1, score_0, score_1, caption       a reward's scores; beside label_0 only when asked for by name
   scored           prompt, images, scores (higher is better) or ranks (1 is best)
   unpaired         prompt, image, label                          1/true liked, 0/-1/false not
 A picture is its bytes, {"bytes", "path"}, or a path inside the data set's folder; column names may end in ``_file_name``.
@@ -103,6 +104,14 @@ def read_rows(spec: DataSpec, tally: Tally, *, part: str = "train", seed: int = 
             yield row
         if kept == spec.max_train_samples and not (spec.validation and part == "validation"):
             return
+
+
+def detect_layout(spec: DataSpec) -> str:
+    """The layout's name, from the first readable record: known before anything is decoded or loaded."""
+    for _, _, _, record in _records(spec, "train"):
+        if not isinstance(record, DataError):
+            return _layout(spec, _canonical(record), record, "train")
+    return spec.layout
 
 
 def refuse_or_skip(spec: DataSpec, tally: Tally, error: DataError) -> None:
@@ -211,6 +220,11 @@ def _pickapic(columns: dict, picture: Callable) -> tuple[list, tuple, float | No
     return images, utility, None if first in (0, 1) else max(first, 1 - first)
 
 
+def _pickapic_scored(columns: dict, picture: Callable) -> tuple[list, tuple, None]:
+    scores = tuple(_number(_get(columns, name), name) for name in ("score_0", "score_1"))
+    return [picture(_get(columns, name), name) for name in ("jpg_0", "jpg_1")], scores, None
+
+
 def _chosen_rejected(columns: dict, picture: Callable) -> tuple[list, tuple, None]:
     return [picture(_get(columns, name), name) for name in ("chosen", "rejected")], (1.0, 0.0), None
 
@@ -250,6 +264,7 @@ LAYOUTS = {
     "pickapic": _Layout(("jpg_0", "jpg_1", "label_0", PROMPTS), _pickapic),
     "chosen_rejected": _Layout(("chosen", "rejected", PROMPTS), _chosen_rejected),
     "scored": _Layout(("images", ("scores", "ranks"), PROMPTS), _scored),
+    "pickapic_scored": _Layout(("jpg_0", "jpg_1", "score_0", "score_1", PROMPTS), _pickapic_scored),
     "unpaired": _Layout(("image", "label", PROMPTS), _unpaired),
 }
 

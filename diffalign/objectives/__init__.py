@@ -23,9 +23,10 @@ from .mapo import MaPO, MaPOAAAI
 from .orpo import ORPO
 from .pairs import AllPairs, BestWorst, Pairs
 from .pairwise import Pairwise
-from .sft import SFT, Anchored
+from .regularized import Regularized
+from .sft import SFT
 
-OBJECTIVES = {"dpo": Pairwise, "mapo": MaPO, "mapo_aaai": MaPOAAAI, "sft": SFT, "anchored": Anchored, "kto": KTO, "orpo": ORPO,
+OBJECTIVES = {"dpo": Pairwise, "mapo": MaPO, "mapo_aaai": MaPOAAAI, "sft": SFT, "regularized": Regularized, "kto": KTO, "orpo": ORPO,
               "plackett_luce": PlackettLuce, "set_contrast": SetContrast}
 LINKS = {"logistic": Logistic, "ipo": Squared, "hinge": Hinge, "robust": Robust, "exo": EXO, "discopop": DiscoPOP,
          "f_divergence": FDivergence, "nca": NCA, "bco": BCO, "sppo": SPPO, "apo_zero": APOZero, "apo_down": APODown}
@@ -34,6 +35,6 @@ LABELS = {"hard": Hard, "soft_target": SoftTarget, "soft_margin": SoftMargin, "o
           "gap_weight": GapWeight}
 
 __all__ = ["BCO", "DCG", "EXO", "KTO", "LABELS", "LINKS", "NCA", "OBJECTIVES", "ORPO", "PAIRS", "SFT", "SPPO", "APODown",
-           "APOZero", "AllPairs", "Anchored", "BestWorst", "DiscoPOP", "FDivergence", "GapWeight", "Hard", "Hinge", "Labels",
+           "APOZero", "AllPairs", "BestWorst", "DiscoPOP", "FDivergence", "GapWeight", "Hard", "Hinge", "Labels",
            "Link", "Logistic", "MaPO", "MaPOAAAI", "Objective", "Offset", "Pairs", "Pairwise", "PlackettLuce", "Robust",
-           "SetContrast", "SoftMargin", "SoftTarget", "Squared"]
+           "Regularized", "SetContrast", "SoftMargin", "SoftTarget", "Squared"]

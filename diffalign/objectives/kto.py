@@ -14,6 +14,15 @@ from ..types import Batch, Estimate, Loss, Memory
 BASELINE = "kto_gain"
 
 
+def _liked(batch: Batch) -> tuple[Tensor, Tensor]:
+    """[B, K] bool each: who is liked, and of whom the data says anything."""
+    count = batch.valid.sum(1, keepdim=True)
+    mean = (batch.utility * batch.valid).sum(1, keepdim=True) / count.clamp(min=1)
+    liked = batch.utility > torch.where(count > 1, mean, 0.0)
+    differ = (count == 1) | ((batch.utility != mean) & batch.valid).any(1, keepdim=True)
+    return liked, batch.valid & differ
+
+
 @dataclass(frozen=True, kw_only=True)
 class KTO:
     """w * (1 - U(y * beta * (g - z))), g = error of the reference minus error of the policy, y = +1 liked, -1 not liked.
@@ -22,7 +31,8 @@ class KTO:
     its size (paper 5000; the released script runs 1000). z = max(0, running mean of g): the paper's reference point; here the
     running mean over earlier steps (a lag of one step), where the released code takes the mean of the same batch, itself
     included. utility: sigmoid (the paper's), loss_averse log sigmoid, risk_seeking softplus (loss unbounded below).
-    A candidate is liked when its utility is above 0.
+    A candidate that is alone is liked when its utility is above 0; one of several when it is above its group's mean, so that a
+    pair is a like and a dislike. A group of equals says nothing.
     """
 
     beta: float = 5000.0
@@ -44,11 +54,10 @@ class KTO:
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
         gain = 2 * est.log_ratio  # our log-ratio carries the factor 1/2 and the weighting
         z = max(0.0, memory.read(BASELINE)) if self.baseline else 0.0
-        liked = batch.utility > 0
+        liked, valid = _liked(batch)
         sign = torch.where(liked, 1.0, -1.0).to(gain.dtype)
-        weight = torch.where(liked, self.desirable, self.undesirable).to(gain.dtype) * batch.valid
+        weight = torch.where(liked, self.desirable, self.undesirable).to(gain.dtype) * valid
         s = sign * self.beta * (gain - z)
-        valid = batch.valid
         count = valid.sum(1).clamp(min=1)
         return Loss(per_group=(weight * (1 - self._utility(s))).sum(1) / count,
                     metrics={"logit": s.detach()[valid], "saturated": (s.detach()[valid].abs() > 5).float(),

@@ -24,7 +24,7 @@ def odds(x: Tensor) -> Tensor:
     return torch.where(small, 1 - x / 2 + x * x / 12, safe / torch.expm1(safe))
 
 
-def _expected(rows: Callable[[Tensor, Tensor], Tensor], e_w: Tensor, e_l: Tensor, soft: Tensor | None) -> Tensor:
+def expected(rows: Callable[[Tensor, Tensor], Tensor], e_w: Tensor, e_l: Tensor, soft: Tensor | None) -> Tensor:
     """rows(error of the preferred, error of the other), averaged over who is preferred. soft: [P] or None, certain."""
     return rows(e_w, e_l) if soft is None else soft * rows(e_w, e_l) + (1 - soft) * rows(e_l, e_w)
 
@@ -54,7 +54,7 @@ class MaPO:
         b, w, l = self.pairs(batch)
         e_w, e_l = est.error[b, w], est.error[b, l]
         logit = self._logit(e_w, e_l)
-        rows = _expected(lambda w, l: w - self.beta * F.logsigmoid(self._logit(w, l)), e_w, e_l,
+        rows = expected(lambda w, l: w - self.beta * F.logsigmoid(self._logit(w, l)), e_w, e_l,
                          None if batch.soft is None else batch.soft[b])
         return Loss.from_rows(rows, b, batch, logit=logit, saturated=(logit.abs() > 5).float(), winner_error=e_w)
 
@@ -84,7 +84,7 @@ class MaPOAAAI:
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
         b, w, l = self.pairs(batch)
         e_w, e_l = est.error[b, w], est.error[b, l]
-        rows = _expected(lambda w, l: w - F.logsigmoid(self._logit(w, l)) / self.beta, e_w, e_l,
+        rows = expected(lambda w, l: w - F.logsigmoid(self._logit(w, l)) / self.beta, e_w, e_l,
                          None if batch.soft is None else batch.soft[b])
         return Loss.from_rows(rows, b, batch, logit=self._logit(e_w, e_l), winner_error=e_w)
 

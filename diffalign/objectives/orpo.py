@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import Batch, Estimate, Loss, Memory
+from .mapo import expected
 from .pairs import BestWorst, Pairs
 
 
@@ -40,5 +41,6 @@ class ORPO:
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
         b, w, l = self.pairs(batch)
         e_w, e_l = est.error[b, w], est.error[b, l]
-        logit = log_odds(e_w) - log_odds(e_l)
-        return Loss.from_rows(e_w + self.weight * F.softplus(-logit), b, batch, logit=logit, winner_error=e_w)
+        rows = expected(lambda w, l: w + self.weight * F.softplus(log_odds(l) - log_odds(w)), e_w, e_l,
+                        None if batch.soft is None else batch.soft[b])
+        return Loss.from_rows(rows, b, batch, logit=log_odds(e_w) - log_odds(e_l), winner_error=e_w)

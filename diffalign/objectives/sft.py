@@ -1,13 +1,12 @@
-"""Supervised fine-tuning on winners, alone or mixed into another objective as an anchor."""
+"""Supervised fine-tuning on winners."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ..types import Batch, Estimate, Loss, Memory
-from .base import Objective
 
 
 def winners(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,37 +35,3 @@ class SFT:
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
         b, w = winners(batch)
         return Loss.from_rows(est.error[b, w], b, batch, winner_error=est.error[b, w])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Anchored:
-    """Another objective plus ``weight`` times the winner's error: keeps winners likely while the margin grows."""
-
-    objective: Objective
-    weight: float
-
-    def __post_init__(self):
-        if self.weight < 0:
-            raise ValueError(f"weight must be at least 0, got {self.weight}")
-
-    @property
-    def needs_scores(self) -> bool:
-        return self.objective.needs_scores
-
-    @property
-    def title(self) -> str:
-        return f"{self.objective.title} with SFT anchor"
-
-    @property
-    def reference_free(self) -> bool:
-        return self.objective.reference_free
-
-    @property
-    def min_k(self) -> int:
-        return self.objective.min_k
-
-    def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
-        loss = self.objective(est, batch, memory)
-        anchor = SFT()(est, batch, memory)
-        return replace(loss, per_group=loss.per_group + self.weight * anchor.per_group,
-                       metrics={**loss.metrics, **anchor.metrics})

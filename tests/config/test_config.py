@@ -43,7 +43,7 @@ def test_the_component_is_its_own_config(path):
 
 def test_a_written_tree_reads_back(path):
     for override in ("objective.link.kind=logistic", "objective={kind: mapo}", "objective={kind: sft}", "model.lora=null",
-                     "objective={kind: anchored, weight: 0.5, objective: {kind: dpo, beta: 10}}",
+                     "objective={kind: regularized, sft: 0.5, objective: {kind: dpo, beta: 10}}",
                      "likelihood={weighting: {kind: elbo}, times: {kind: discrete, timesteps: [249, 499]}, draws: 2}"):
         recipe = load_recipe(path, [override])
         assert build_recipe(parse_yaml(dump(recipe), "dump")) == recipe

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -178,17 +176,11 @@ def test_a_csv_file(small, tmp_path):
     assert json.loads((tmp_path / "run" / "check.json").read_text())["groups"] == 2
 
 
-@pytest.mark.parametrize("objective", [{"kind": "dpo", "beta": 500, "link": "ipo"},
-                                       {"kind": "anchored", "weight": 0.1,
-                                        "objective": {"kind": "dpo", "beta": 500, "link": "hinge"}}])
-def test_soft_labels_for_a_link_without_a_soft_form(small, tmp_path, capsys, objective):
-    """Said by the recipe (data.ties), or only known from the data (a label of 0.7)."""
-    file = small(tmp_path, objective=objective)
-    refused(capsys, main(["train", str(file), "data.ties=soft"]), "data.ties")
-    table = pq.read_table(yaml.safe_load(file.read_text())["data"]["path"])
-    place = table.column_names.index("label_0")
-    pq.write_table(table.set_column(place, "label_0", pa.array([0.7] * len(table))), tmp_path / "soft.parquet")
-    refused(capsys, main(["train", str(file), f"data.path={tmp_path}/soft.parquet"]), "objective.link.kind")
+@pytest.mark.parametrize("labels", ["dcg", "soft_margin", {"kind": "offset", "alpha": 1.0}])
+def test_scores_that_the_data_lacks(small, tmp_path, capsys, labels):
+    file = small(tmp_path, objective={"kind": "dpo", "beta": 500, "labels": labels})
+    refused(capsys, main(["train", str(file), "data.layout=pickapic"]), "data.layout")
+    refused(capsys, main(["train", str(file)]), "data.layout")  # known from the data only
 
 
 # --- evaluation ---

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffalign.objectives import SFT, Anchored, MaPO, MaPOAAAI, Pairwise
+from diffalign.objectives import SFT, MaPO, MaPOAAAI, Pairwise, Regularized
 from diffalign.objectives.mapo import odds
 from diffalign.types import Memory
 
@@ -75,7 +75,7 @@ def test_check_9_signs_everywhere():
 
 def test_anchor_adds_the_winners_error():
     # ln 2 + 0.5 * 0.1; gradient of the winner 1250 + 0.5
-    loss, grad = loss_and_grad(Anchored(objective=Pairwise(beta=5000), weight=0.5), 0.1, 0.2, 0.1, 0.2)
+    loss, grad = loss_and_grad(Regularized(objective=Pairwise(beta=5000), sft=0.5), 0.1, 0.2, 0.1, 0.2)
     assert loss.per_group.item() == pytest.approx(math.log(2) + 0.05)
     assert grad == pytest.approx([1250.5, -1250])
 

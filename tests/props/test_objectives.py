@@ -15,7 +15,6 @@ from diffalign.objectives import (
     SFT,
     SPPO,
     AllPairs,
-    Anchored,
     APODown,
     APOZero,
     BestWorst,
@@ -28,6 +27,7 @@ from diffalign.objectives import (
     Offset,
     Pairwise,
     PlackettLuce,
+    Regularized,
     Robust,
     SetContrast,
     SoftMargin,
@@ -41,7 +41,7 @@ LINKS = [*MARGIN_LINKS, EXO(epsilon=0.1), DiscoPOP(), NCA(), BCO(), SPPO(), APOZ
          *[FDivergence(divergence=name) for name in ("reverse_kl", "forward_kl", "js", "alpha")]]
 OBJECTIVES = [*[Pairwise(beta=b, link=link) for link in LINKS for b in (1.0, 50.0)], Pairwise(beta=3, pairs=AllPairs()),
               Pairwise(beta=3, reference_free=True), MaPO(), MaPOAAAI(), SFT(),
-              Anchored(objective=Pairwise(beta=5), weight=0.3), KTO(beta=3), ORPO(), PlackettLuce(beta=2),
+              Regularized(objective=Pairwise(beta=5), sft=0.3), KTO(beta=3), ORPO(), PlackettLuce(beta=2),
               SetContrast(beta=2, alpha=0.1),
               *[Pairwise(beta=3, pairs=AllPairs(), labels=x) 
                 for x in (DCG(), SoftMargin(), SoftTarget(), Offset(constant=0.2, alpha=0.5))]]

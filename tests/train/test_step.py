@@ -9,14 +9,14 @@ import torch
 from diffalign.errors import ConfigError
 from diffalign.likelihood import DenoisingELBO
 from diffalign.methods import Preference
-from diffalign.objectives import Anchored, MaPO, Pairwise
+from diffalign.objectives import MaPO, Pairwise, Regularized
 from diffalign.train import TrainingError, make_accelerator
 
 from . import toy
 
 SPLITS = [(12,), (6, 6), (5, 4, 3), (11, 1), (1,) * 12]
 METHODS = {"dpo": toy.method(), "mapo": Preference(DenoisingELBO(), MaPO()),
-           "anchored": Preference(DenoisingELBO(), Anchored(objective=Pairwise(beta=2000.0), weight=0.5))}
+           "regularized": Preference(DenoisingELBO(), Regularized(objective=Pairwise(beta=2000.0), sft=0.5))}
 
 
 class Grab:
