@@ -26,8 +26,8 @@ from .pairwise import Pairwise
 from .regularized import Regularized
 from .sft import SFT
 
-OBJECTIVES = {"dpo": Pairwise, "mapo": MaPO, "mapo_aaai": MaPOAAAI, "sft": SFT, "regularized": Regularized, "kto": KTO, "orpo": ORPO,
-              "plackett_luce": PlackettLuce, "set_contrast": SetContrast}
+OBJECTIVES = {"dpo": Pairwise, "mapo": MaPO, "mapo_aaai": MaPOAAAI, "sft": SFT, "kto": KTO, "orpo": ORPO,
+              "plackett_luce": PlackettLuce, "set_contrast": SetContrast, "regularized": Regularized}
 LINKS = {"logistic": Logistic, "ipo": Squared, "hinge": Hinge, "robust": Robust, "exo": EXO, "discopop": DiscoPOP,
          "f_divergence": FDivergence, "nca": NCA, "bco": BCO, "sppo": SPPO, "apo_zero": APOZero, "apo_down": APODown}
 PAIRS = {"best_worst": BestWorst, "all": AllPairs}

@@ -16,9 +16,9 @@ class Regularized:
     """objective + sft * error of the winner + winner * rise of the winner's error + origin * distance from the base model.
 
     sft: supervised fine-tuning on winners (CPO's and iterative reasoning PO's term). winner: times max(0, error of the policy
-    minus error of the reference) on winners, in units of beta/2 per unit of error when set to that (DPO-positive's idea, arXiv
-    2402.13228): stops a margin that grows by ruining both sides. origin: times the KL surrogate to the base model, the mean of
-    1/2 W(t) |prediction of policy - of base|^2 over the group's candidates; costs a pass of the base where the reference moved.
+    minus error of the reference) on winners (DPO-positive's idea, arXiv 2402.13228; beta/2 gives it the scale of the logit):
+    stops a margin that grows by ruining both sides. origin: times the KL surrogate to the base model, the mean over the
+    candidates of 1/2 W(t) (prediction of the policy - of the base)^2; costs a pass of the base where the reference moved.
     """
 
     objective: Objective
