@@ -21,9 +21,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from . import likelihood, objectives, process
+from .data.sources import SOURCES, SourceSpec, Stored
 from .data.spec import DataSpec
 from .errors import ConfigError
 from .evaluate.spec import EvaluateSpec
+from .models.references import REFERENCES, Frozen, Reference
 from .models.spec import ModelSpec
 from .train.spec import TrainSpec
 
@@ -38,6 +40,8 @@ class Recipe:
     objective: objectives.Objective
     seed: int = 0
     likelihood: likelihood.DenoisingELBO = likelihood.DenoisingELBO()
+    reference: Reference = Frozen()
+    source: SourceSpec = Stored()
     train: TrainSpec = TrainSpec()
     evaluate: EvaluateSpec | None = None
 
@@ -55,6 +59,9 @@ _SLOTS = {
     likelihood.Weighting: (likelihood.WEIGHTINGS, "simple", None),
     process.NoisePlan: (process.NOISES, "shared", None),
     process.Times: (process.TIMES, "uniform", None),
+    process.Sequence: (process.SEQUENCES, "random", None),
+    Reference: (REFERENCES, "frozen", None),
+    SourceSpec: (SOURCES, "stored", None),
 }
 
 

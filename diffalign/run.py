@@ -19,6 +19,7 @@ import torch
 from . import data
 from .config import Recipe, as_tree, check_layout, dump
 from .data.check import check as look_at
+from .data.sources import Online, Sampled, Stored
 from .errors import ConfigError, ResourceError, UserError
 from .evaluate.card import write_card
 from .evaluate.compare import Comparison, compare, lora_off_and_on
@@ -27,7 +28,7 @@ from .evaluate.preference import before_and_after, heldout_preference
 from .evaluate.prompts import read_prompts
 from .evaluate.report import Run, write_grid, write_report
 from .likelihood import implied_nats
-from .methods import Context, Preference
+from .methods import Context, Preference, Probe
 from .models.base import Denoiser, enable_gradient_checkpointing
 from .models.load import encoder_facts, load_denoiser, load_encoders, load_pipeline, model_identity, save_pipeline
 from .models.lora import load as load_lora
@@ -62,10 +63,10 @@ def train(recipe: Recipe, printer: Printer = _silent) -> dict:
     say = printer if accelerator.is_main_process else _silent
     pairs, heldout = _caches(recipe, accelerator, say)
     encode_seconds = time.monotonic() - started
-    source = _source(recipe, pairs, world_of(accelerator))
-    method = Preference(recipe.likelihood, recipe.objective)
+    stored, method = _source(recipe, pairs, world_of(accelerator)), _method(recipe)
+    bank = _bank(recipe, method, accelerator, pairs)
+    source = _sampled(recipe, stored, bank, accelerator)
     _check_fit(recipe, source)
-    bank = _bank(recipe, method, accelerator)
     for line in _derived(recipe, source, accelerator.num_processes):
         say(line)
     hooks = [_ResolvedConfig(recipe)] if accelerator.is_main_process else []
@@ -117,16 +118,80 @@ def _replace_pipeline(recipe: Recipe, denoiser: Denoiser, folder: Path) -> None:
         fresh.rename(folder)
 
 
-def _bank(recipe: Recipe, method: Preference, accelerator) -> WeightBank:
+def _method(recipe: Recipe) -> Preference:
+    return Preference(recipe.likelihood, recipe.objective, recipe.reference.names,
+                      origin="origin" if recipe.reference.moves else "reference")
+
+
+def _reads(recipe: Recipe, method: Preference) -> tuple[str, ...]:
+    """The weight sets of the method and of the source that draws its candidates."""
+    return tuple(dict.fromkeys((*method.reads, *filter(None, (getattr(recipe.source, "weights", None),)))))
+
+
+def _bank(recipe: Recipe, method: Preference, accelerator, cache) -> WeightBank:
     """The denoiser with its weight sets. The frozen base of a LoRA is kept in the precision it is computed in."""
     forward = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.mixed_precision, torch.float32)
     dtype = torch.float32 if recipe.model.lora is None else forward
     denoiser = load_denoiser(recipe.model, dtype=dtype, device=accelerator.device)
     _attention(denoiser, recipe)
-    bank = WeightBank.build(denoiser, recipe.model.lora, reads=method.reads, seed=recipe.seed, forward_dtype=forward)
+    bank = WeightBank.build(denoiser, recipe.model.lora, reads=_reads(recipe, method), seed=recipe.seed,
+                            forward_dtype=forward, rule=recipe.reference)
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(denoiser)
+    if getattr(recipe.reference, "gate", None) is not None:
+        bank.divergence = _divergence(recipe, cache, accelerator)
     return bank
+
+
+PROBE = 64  # winners
+
+
+def _divergence(recipe: Recipe, cache, accelerator) -> Callable[[WeightBank, str], float]:
+    """For gated references: every process measures the same winners; their mean is one number for all."""
+    size = max(1, 2 * recipe.train.train_batch_size)
+    probe = Probe(data.fixed_batches(cache, size, seed=recipe.seed)[:-(-PROBE // size)])
+    world = world_of(accelerator)
+
+    def measure(bank: WeightBank, name: str) -> float:
+        value = probe(_context(recipe, bank, accelerator), name, device=accelerator.device)
+        return float(world.sum(torch.tensor([value], dtype=torch.float64, device=accelerator.device))) / world.size
+    return measure
+
+
+def _context(recipe: Recipe, bank: WeightBank, accelerator) -> Context:
+    """For passes outside a training step."""
+    def predict(*args):
+        with accelerator.autocast():
+            return bank.predict(*args)
+
+    denoiser = bank.denoiser
+    return Context(predict=predict, process=denoiser.process, param=denoiser.param, seed=recipe.seed, step=0, memory=Memory())
+
+
+def _sampled(recipe: Recipe, stored: data.Offline, bank: WeightBank, accelerator):
+    """The source: what lies on disk, or groups that hold samples of the model."""
+    spec, device = recipe.source, accelerator.device
+    if isinstance(spec, Stored):
+        return stored
+    empty = stored.unconditional()
+
+    def draw(cond, keys, shape):
+        nothing = empty.rows(len(keys)).to(device) if spec.sampler.guidance_scale != 1 else None
+        if nothing is not None:  # the same sizes and crops as the sample's own
+            nothing = dataclasses.replace(nothing, extra=cond.to(device).extra)
+        return spec.sampler(_context(recipe, bank, accelerator), spec.weights, cond.to(device), keys, shape, nothing).cpu()
+
+    return Sampled(stored, spec, draw, _score(recipe, device) if isinstance(spec, Online) else None)
+
+
+def _score(recipe: Recipe, device) -> Callable:
+    """Latents and prompts -> scores of the recipe's reward. The VAE stays in memory."""
+    reward, encoders = load_reward(recipe.source.reward), load_encoders(recipe.model, device)
+
+    def score(x0, prompts):
+        pictures = torch.cat([encoders.decode(part.to(device)) for part in x0.split(recipe.data.encode_batch_size)])
+        return reward(list((pictures.cpu() + 1) / 2), prompts).cpu()
+    return score
 
 
 def _attention(denoiser: Denoiser, recipe: Recipe) -> None:
@@ -170,21 +235,23 @@ def _validation(recipe: Recipe, method: Preference, cache, accelerator) -> Calla
 
 def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator):
     """Every rank measures the whole held-out set, so all know the figure; the draws are keyed, so all get the same."""
-    denoiser = bank.denoiser
-
-    def predict(*args):
-        with accelerator.autocast():
-            return bank.predict(*args)
-
-    ctx = Context(predict=predict, process=denoiser.process, param=denoiser.param, seed=recipe.seed, step=0, memory=Memory())
+    ctx = _context(recipe, bank, accelerator)
     batches = data.fixed_batches(cache, max(1, 2 * recipe.train.train_batch_size), seed=recipe.seed)
-    return heldout_preference(ctx, batches, against="reference" if "reference" in method.reads else None,
-                              weighting=recipe.likelihood.weighting, device=accelerator.device)
+    return heldout_preference(ctx, batches, against=_base_set(method, bank), weighting=recipe.likelihood.weighting,
+                              device=accelerator.device)
+
+
+def _base_set(method: Preference, bank: WeightBank) -> str | None:
+    """What "before" is: the base, where it is in memory under the origin's name, else the reference, else nothing."""
+    if method.objective.reference_free:
+        return None
+    return "origin" if "origin" in bank.names else "reference"
 
 
 def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator) -> dict | None:
     after = _measure(recipe, method, bank, cache, accelerator)
-    before = None if "reference" in method.reads or after is None else _likelihood_before(recipe, bank, cache, accelerator)
+    known = _base_set(method, bank) is not None
+    before = None if known or after is None else _likelihood_before(recipe, bank, cache, accelerator)
     return None if after is None else before_and_after(after, before)
 
 
@@ -193,7 +260,7 @@ def _likelihood_before(recipe: Recipe, bank: WeightBank, cache, accelerator):
     del bank
     base = WeightBank.build(load_denoiser(recipe.model, device=accelerator.device), recipe.model.lora, reads=("policy",),
                             seed=recipe.seed)
-    return _measure(recipe, Preference(recipe.likelihood, recipe.objective), base, cache, accelerator)
+    return _measure(recipe, _method(recipe), base, cache, accelerator)
 
 
 # --- encode, check --------------------------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ class Batch(_Movable):
 
     x0: [B, K, *S] float32, latents scaled to unit variance. utility: [B, K] float32, higher is better; (1, 0) for a plain
     pair, equal values for a tie. valid: [B, K] bool. key: [B, 2] int64 (row id, visit), the identity that seeds all noise.
-    soft: [B] float32 or None, the probability that the best candidate is truly preferred (soft labels).
+    soft: [B] float32 or None, the probability that the best candidate is truly preferred (soft labels). place: [B] int64 or
+    None, the group's number in the run (step * groups a step + its place in the step), the same however a step is cut up.
     """
 
     x0: Tensor
@@ -65,6 +66,7 @@ class Batch(_Movable):
     valid: Tensor
     key: Tensor
     soft: Tensor | None = None
+    place: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -95,7 +97,8 @@ class Estimate:
     policy: [B, K] float32 with grad. reference: the same under the reference set, or None. error: [B, K] float32 with grad,
     mean squared error per element in the model's native space, before weighting. reference_error: the same, or None.
     t: [B, K] float32, time used (mean over draws). anchor: [B, K] float32 with grad, 1/2 * weight * mean squared difference of
-    the predictions of policy and base model, for methods that penalise it, else None.
+    the predictions of policy and base model, for methods that penalise it, else None. importance: [B] float32 or None, what
+    the group's loss is multiplied by when its time was drawn from a density that is to be divided out.
     """
 
     policy: Tensor
@@ -104,6 +107,7 @@ class Estimate:
     reference_error: Tensor | None
     t: Tensor
     anchor: Tensor | None = None
+    importance: Tensor | None = None
 
     @property
     def log_ratio(self) -> Tensor:
@@ -133,11 +137,15 @@ class Loss:
 class Memory:
     """Named running means that a method reads (last step's value) and offers to (this step's sum and count).
 
-    Updated once a step from global sums, so independent of micro-batching and world size, with a lag of one step.
+    Updated once a step from global sums, so independent of micro-batching and world size, with a lag of one step. A name that
+    ends in "@0.9" has that decay instead of the common one; "@0" is the last step's own mean.
     """
 
     def __init__(self, decay: float = 0.99):
         self.decay, self.values = decay, {}
+
+    def _decay(self, name: str) -> float:
+        return float(name.rpartition("@")[2]) if "@" in name else self.decay
 
     def read(self, name: str, default: float = 0.0) -> float:
         return self.values.get(name, default)
@@ -147,4 +155,5 @@ class Memory:
         for name, (total, count) in observed.items():
             if count > 0:
                 old = self.values.get(name, total / count)
-                self.values[name] = self.decay * old + (1 - self.decay) * total / count
+                decay = self._decay(name)
+                self.values[name] = decay * old + (1 - decay) * total / count

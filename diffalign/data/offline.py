@@ -47,6 +47,18 @@ class Offline:
         self._ahead = step + 1, self._thread.submit(self._read, step + 1)
         return batches
 
+    def prompts(self, step: int) -> list[list[str]]:
+        """The prompts of ``take(step)``, by micro-batch."""
+        place = self.order.at(step).part(self.rank, self.world)
+        members = self.cache.members[place.bucket]
+        return [[self.cache.prompt(self.cache.group(int(i)).prompt) for i in members[micro.rows]]
+                for micro in place.micro_batches(self.micro_batches)]
+
+    def unconditional(self) -> Cond:
+        """One row: the embedding of no prompt, without sizes."""
+        tokens, pooled = self.cache.unconditional()
+        return Cond(tokens=_stacked([tokens]), pooled=None if pooled is None else _stacked([pooled]))
+
     def boundary(self, step: int) -> bool:
         """A checkpoint is exact after every step."""
         return True
@@ -56,7 +68,7 @@ class Offline:
         return [self._batch(micro) for micro in place.micro_batches(self.micro_batches)]
 
     def _batch(self, place: Place) -> Batch:
-        return self._assemble(self.cache.members[place.bucket][place.rows], place.visits)
+        return self._assemble(self.cache.members[place.bucket][place.rows], place.visits, place.places)
 
 
 class _FixedBatches(Sequence):
@@ -86,7 +98,7 @@ class _Assembler:
     def __init__(self, cache: Cache, seed: int, caption_dropout: float, random_flip: bool):
         self.cache, self.seed, self.caption_dropout, self.random_flip = cache, seed, caption_dropout, random_flip
 
-    def __call__(self, numbers: np.ndarray, visits: np.ndarray) -> Batch:
+    def __call__(self, numbers: np.ndarray, visits: np.ndarray, places: np.ndarray | None = None) -> Batch:
         groups = [self.cache.group(int(i)) for i in numbers]
         key = torch.tensor([[group.row, int(visit)] for group, visit in zip(groups, visits, strict=True)], dtype=torch.int64)
         flip = self._happens("flip", key, 0.5 * self.random_flip)
@@ -94,7 +106,7 @@ class _Assembler:
         return Batch(x0=self._x0(groups, key, flip), cond=self._cond(groups, flip, drop), key=key,
                      utility=_padded([group.utility for group in groups], self.cache.k),
                      valid=_padded([[1.0] * len(group.images) for group in groups], self.cache.k) > 0,
-                     soft=self._soft(groups))
+                     soft=self._soft(groups), place=None if places is None else torch.from_numpy(places))
 
     def _happens(self, purpose: str, key: torch.Tensor, share: float) -> list[bool]:
         """Per group, the same for all its candidates."""

@@ -19,11 +19,13 @@ from .. import rng
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What one step reads. bucket: index; rows: [G] int64, positions inside the bucket; visits: [G] int64."""
+    """What one step reads. bucket: index; rows: [G] int64, positions inside the bucket; visits, places: [G] int64; a place is
+    the group's number in the run, over all buckets."""
 
     bucket: int
     rows: np.ndarray
     visits: np.ndarray
+    places: np.ndarray
 
     def part(self, rank: int, world: int) -> Place:
         """This process's consecutive share."""
@@ -36,7 +38,8 @@ class Place:
         return [self._cut(i * size, size) for i in range(count)]
 
     def _cut(self, start: int, size: int) -> Place:
-        return Place(self.bucket, self.rows[start:start + size], self.visits[start:start + size])
+        part = slice(start, start + size)
+        return Place(self.bucket, self.rows[part], self.visits[part], self.places[part])
 
 
 class Order:
@@ -60,7 +63,7 @@ class Order:
         for visit in np.unique(visits):
             here = visits == visit
             rows[here] = self._permutation(bucket, int(visit))[inside[here]]
-        return Place(bucket, rows, visits)
+        return Place(bucket, rows, visits, step * self.groups_per_step + np.arange(self.groups_per_step, dtype=np.int64))
 
     def _bucket(self, step: int) -> tuple[int, int]:
         total = sum(self.sizes)

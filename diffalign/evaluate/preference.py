@@ -14,7 +14,7 @@ is what training sees and is always closer to one half. Times are stratified: dr
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from .. import rng
 from ..likelihood import Simple, Weighting
 from ..methods.base import Context
 from ..objectives import BestWorst
-from ..process import Shared
+from ..process import Shared, draw_keys
 from ..types import Batch, Noised
 from .statistics import wilson
 
@@ -31,15 +31,9 @@ BINS = 5
 SIMPLE = Simple()
 
 
-@dataclass(frozen=True)
-class Stratified:
-    """One time in each of ``draws`` equal parts of (0, 1); the key's last number says which part."""
-
-    draws: int
-
-    def draw(self, seed: int, keys: Tensor) -> Tensor:
-        """keys: [N, J] int64 -> [N] float64."""
-        return (keys[:, -1].double() + rng.uniform(seed, "time", keys)) / self.draws
+def stratified(seed: int, keys: Tensor, draws: int) -> Tensor:
+    """Draw d of n has a time in [d/n, (d+1)/n): keys [N, J] int64, their last number d -> [N] float64."""
+    return (keys[:, -1].double() + rng.uniform(seed, "time", keys)) / draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +116,8 @@ def heldout_preference(ctx: Context, batches: Iterable[Batch], *, draws: int = 8
 @torch.no_grad()
 def measure(ctx: Context, batch: Batch, draws: int, against: str | None, weighting: Weighting = SIMPLE) -> Margins:
     """One batch of B groups; the model sees B*K rows at a time, one draw after another, reference first."""
-    noised = Shared().draw(batch, ctx.process, Stratified(draws), rng.integer(ctx.seed, "heldout"), draws)
+    ctx, keys = replace(ctx, seed=rng.integer(ctx.seed, "heldout")), draw_keys(batch.key, draws)
+    noised = Shared().draw(batch, ctx, keys, stratified(ctx.seed, keys, draws))
     cond, rows = batch.cond.rows(batch.k), batch.groups * batch.k
     parts = [_rows(noised, slice(d * rows, (d + 1) * rows)) for d in range(draws)]
     weight = torch.stack([weighting(part, ctx.param, ctx.process).view(batch.groups, batch.k) for part in parts])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..process import NoisePlan, Shared, Times, Uniform
+from ..process import NoisePlan, Random, Sequence, Shared, Times, Uniform, draw_keys
 from ..types import Batch, Estimate, Noised
 from .weighting import Simple, Weighting
 
@@ -17,13 +18,15 @@ class DenoisingELBO:
 
     With the 'elbo' weighting (normalise=False, max=None) and times uniform in (0, 1), independent of ``draws``, the difference
     of two estimates is an unbiased estimate of the difference of two likelihood bounds divided by the number of elements
-    (notation.md section 4). The density of other times is not divided out: it is an implicit weight on top.
-    ``draws`` times and noises are averaged inside the estimate, hence inside the link. The reference, when one is read,
-    sees the very same noise and goes first, without gradients.
+    (notation.md section 4). The density of other times is an implicit weight on top, unless they are ``corrected``: with one
+    draw the correction multiplies the loss, so that E[link] is that of uniform times; with several it goes into their mean.
+    ``draws`` times and noises are averaged inside the estimate, hence inside the link. ``sequence``: how the times of a run
+    lie to each other. References see the very same noise and go first, without gradients.
     """
 
     noise: NoisePlan = Shared()
     times: Times = Uniform()
+    sequence: Sequence = Random()
     weighting: Weighting = Simple()
     draws: int = 1
 
@@ -31,23 +34,60 @@ class DenoisingELBO:
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws}")
 
-    def __call__(self, batch: Batch, ctx, against: str | None) -> Estimate:
-        """batch: B groups of K; against: name of the reference weight set, or None -> Estimate, all [B, K]."""
-        noised = self.noise.draw(batch, ctx.process, self.times, ctx.seed, self.draws)
-        cond = batch.cond.rows(batch.k, self.draws)
-        weight = self.weighting(noised, ctx.param, ctx.process)
-        reference = None if against is None else self._errors(against, noised, cond, batch, ctx)
-        error = self._errors("policy", noised, cond, batch, ctx)
-        weight = self._fold(weight, batch)
-        return Estimate(
-            policy=(-0.5 * weight * error).mean(0), error=error.mean(0), t=self._fold(noised.t, batch).mean(0),
-            reference=None if reference is None else (-0.5 * weight * reference).mean(0),
-            reference_error=None if reference is None else reference.mean(0))
+    def __call__(self, batch: Batch, ctx, against: Mapping[str, float] | str | None, anchor: str | None = None) -> Estimate:
+        """batch: B groups of K -> Estimate, all [B, K].
 
-    def _errors(self, name: str, noised: Noised, cond, batch: Batch, ctx) -> Tensor:
-        """Mean squared error per element under a weight set, reduced in float32: [draws, B, K]."""
-        raw = ctx.predict(name, noised.xt, noised.t, cond)
-        return self._fold((ctx.param.target(noised) - raw.float()).square().flatten(1).mean(1), batch)
+        against: name of the reference weight set, or several with shares that sum to 1, which stand for their geometric mean;
+        None or empty for no reference. anchor: weight set whose distance from the policy is estimated, or None.
+        """
+        against = {against: 1.0} if isinstance(against, str) else dict(against or {})
+        noised = self.noised(batch, ctx)
+        cond = batch.cond.rows(batch.k, self.draws)
+        raws = {name: self._raw(name, noised, cond, ctx) for name in dict.fromkeys((*against, *filter(None, (anchor,))))}
+        errors = {name: self._error(noised, raws[name], batch, ctx) for name in against}
+        raw = self._raw("policy", noised, cond, ctx)
+        error = self._error(noised, raw, batch, ctx)
+        weight = self._fold(self.weighting(noised, ctx.param, ctx.process), batch)
+        importance = self._importance(noised, batch)
+        if importance is not None and self.draws > 1:
+            weight, importance = weight * importance, None
+
+        def surrogate(error: Tensor) -> Tensor:
+            return (-0.5 * weight * error).mean(0)
+
+        reference_error = sum(share * errors[name] for name, share in against.items()) if against else None
+        distance = None if anchor is None else self._mean_square(raw - raws[anchor], batch)
+        return Estimate(
+            policy=surrogate(error), error=error.mean(0), t=self._fold(noised.t, batch).mean(0),
+            reference=None if reference_error is None else surrogate(reference_error),
+            reference_error=None if reference_error is None else reference_error.mean(0),
+            anchor=None if distance is None else -surrogate(distance),
+            importance=None if importance is None else importance[0, :, 0])
+
+    def noised(self, batch: Batch, ctx) -> Noised:
+        """The noisy candidates of a batch, rows ordered (draw, group, candidate): a function of keys, places and seed."""
+        return self.noise.draw(batch, ctx, *self.times_of(batch, ctx.seed))
+
+    def times_of(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+        """keys [draws*B, 3] and times [draws*B] float64 of every (draw, group), draws outermost, on the CPU."""
+        keys, index = draw_keys(batch.key, self.draws), None
+        if batch.place is not None:
+            index = (batch.place.cpu() * self.draws).repeat(self.draws) + keys[:, -1]
+        return keys, self.times.at(self.sequence.draw(seed, keys, index))
+
+    def _importance(self, noised: Noised, batch: Batch) -> Tensor | None:
+        correction = self.times.correction(noised.t)
+        return None if correction is None else self._fold(correction.to(noised.t.device), batch)
+
+    def _raw(self, name: str, noised: Noised, cond, ctx) -> Tensor:
+        return ctx.predict(name, noised.xt, noised.t, cond).float()
+
+    def _error(self, noised: Noised, raw: Tensor, batch: Batch, ctx) -> Tensor:
+        return self._mean_square(ctx.param.target(noised) - raw, batch)
+
+    def _mean_square(self, x: Tensor, batch: Batch) -> Tensor:
+        """Per element, reduced in float32: [draws, B, K]."""
+        return self._fold(x.square().flatten(1).mean(1), batch)
 
     def _fold(self, rows: Tensor, batch: Batch) -> Tensor:
         return rows.view(self.draws, batch.groups, batch.k)

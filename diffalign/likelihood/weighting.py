@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..process import Parameterization, Process
+from ..process import Parameterization, Process, RectifiedFlow
 from ..types import Noised
 
 
@@ -70,4 +70,28 @@ class MinSNR:
         return snr.clamp(max=self.gamma) / snr * param.error_to_eps(noised)
 
 
-Weighting = Simple | ELBO | MinSNR
+@dataclass(frozen=True, kw_only=True)
+class HighNoise:
+    """1 + strength * (sigma/alpha, scaled to [0, 1] over the schedule), in the model's native error space.
+
+    The reward scale of timestep-aware DPO (arXiv 2505.18736; strength 1): from 1 at the clean end to 2 at the noise end,
+    inside the link, hence on beta. On a flow, where sigma/alpha has no bound, t takes its place. A v or velocity error already
+    weighs high noise up by 1/alpha^2 (timestep_aware_dpo.md 2e).
+    """
+
+    strength: float = 1.0
+
+    def __post_init__(self):
+        if self.strength < 0:
+            raise ValueError(f"strength must be at least 0, got {self.strength}")
+
+    def __call__(self, noised: Noised, param: Parameterization, process: Process) -> Tensor:
+        if isinstance(process, RectifiedFlow):
+            return 1 + self.strength * noised.t
+        alpha, sigma = process.coefficients(process.grid())
+        ratio = sigma / alpha
+        low, high = float(ratio.min()), float(ratio.max())
+        return 1 + self.strength * (noised.sigma / noised.alpha - low) / (high - low)
+
+
+Weighting = Simple | ELBO | MinSNR | HighNoise

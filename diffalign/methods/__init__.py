@@ -2,5 +2,6 @@
 
 from .base import Context, Method
 from .preference import Preference
+from .probe import Probe
 
-__all__ = ["Context", "Method", "Preference"]
+__all__ = ["Context", "Method", "Preference", "Probe"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from ..likelihood import DenoisingELBO
 from ..objectives import Objective
@@ -10,19 +11,36 @@ from ..types import Batch, Loss
 from .base import Context
 from .health import health
 
+REFERENCE, ORIGIN = "reference", "origin"
+
 
 @dataclass(frozen=True)
 class Preference:
-    """loss = objective(estimate(batch)), with the health metrics that every method gets."""
+    """loss = objective(estimate(batch)), with the health metrics that every method gets.
+
+    references: weight sets and their shares that an objective with a reference is measured against. ``origin``: the model
+    that training started from, which is the reference itself while that one does not move.
+    """
 
     estimator: DenoisingELBO
     objective: Objective
+    references: Mapping[str, float] = field(default_factory=lambda: {REFERENCE: 1.0})
+    origin: str = REFERENCE
+
+    @property
+    def against(self) -> Mapping[str, float]:
+        return {} if self.objective.reference_free else self.references
+
+    @property
+    def anchor(self) -> str | None:
+        return self.origin if getattr(self.objective, "reads_origin", False) else None
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return ("policy",) if self.objective.reference_free else ("policy", "reference")
+        return tuple(dict.fromkeys(("policy", *self.against, *filter(None, (self.anchor,)))))
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
-        est = self.estimator(batch, ctx, against=None if self.objective.reference_free else "reference")
+        est = self.estimator(batch, ctx, self.against, self.anchor)
         loss = self.objective(est, batch, ctx.memory)
-        return replace(loss, metrics={**health(est, batch), **loss.metrics})
+        rows = loss.per_group if est.importance is None else loss.per_group * est.importance
+        return replace(loss, per_group=rows, metrics={**health(est, batch), **loss.metrics})

@@ -3,65 +3,91 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .. import rng
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
+from ..process import CURRENT
 from ..types import Cond
 from . import lora as lora_files
 from .base import Denoiser, unwrap
+from .references import Frozen, Moving, Past, Reference
 from .spec import LoRA
 
-POLICY, REFERENCE = "policy", "reference"
+POLICY, REFERENCE, ORIGIN = "policy", "reference", "origin"
+FROZEN = Frozen()
+Tensors = dict[str, Tensor]
 
 
 @dataclass(kw_only=True)
 class WeightBank:
-    """ "policy" is trained; "reference" is the adapter switched off, or a frozen copy when all weights are trained.
+    """policy: what is trained. current: the same without gradients, for sampling and inversions. origin: the model training
+    started from, which is the adapter switched off, or a frozen copy when all weights are trained. reference: the origin,
+    unless ``rule`` moves it; then a set of trained tensors of its own over the same base.
 
-    identity: what the reference is: "adapter_off:<hash>", "frozen:<hash>" (first 12 digits of the base's) or "none".
-    names: the sets that ``predict`` knows.
+    identity: what the reference is: "adapter_off:<hash>", "frozen:<hash>" (first 12 digits of the base's), the same with
+    the rule's name in front, or "none". names: the sets that ``predict`` knows. divergence: asked by a gated rule, how much
+    worse (mean error) a set denoises a fixed set of winners than the origin; the same number on all ranks.
     """
 
     denoiser: Denoiser
     identity: str
     names: tuple[str, ...]
+    rule: Reference = Frozen()
+    divergence: Callable[[WeightBank, str], float] | None = None
+    _seed: int = 0
     _bare: nn.Module                    # the model itself, whatever accelerate wraps around denoiser.module
     _frozen: nn.Module | None           # full fine-tunes
     _adapters: list                     # LoRA
     _trainable: dict[str, nn.Parameter]
+    _moved: list[Tensors] = field(default_factory=list)  # Moving: the reference; Past: the kept checkpoints, base first
+    _mark: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))  # Moving: closed; Past: kept, picked
 
     @classmethod
     def build(cls, denoiser: Denoiser, lora: LoRA | None, *, reads: tuple[str, ...], seed: int,
-              forward_dtype: torch.dtype = torch.float32) -> WeightBank:
+              forward_dtype: torch.dtype = torch.float32, rule: Reference = FROZEN) -> WeightBank:
         """lora: None trains all weights, which must be float32. reads: names of the sets that the method needs.
 
         seed: the run's; LoRA is initialised from it. forward_dtype: what autocast computes the policy in; a frozen copy
         stores the weights of its linear and convolution layers in it, the very rounding that autocast makes at each step,
         so that policy and reference agree bit for bit at the start. Call this before accelerate wraps the module.
-        Raises KeyError for an unknown set, ConfigError for LoRA targets that match nothing.
+        Raises KeyError for an unknown set, ConfigError for LoRA targets that match nothing or a rule that needs a LoRA.
         """
-        unknown = [name for name in reads if name not in (POLICY, REFERENCE)]
-        if unknown:
-            raise KeyError(f"unknown weight set {unknown[0]!r}: there are {POLICY!r} and {REFERENCE!r}")
+        known = (POLICY, CURRENT, REFERENCE, ORIGIN)
+        if not set(reads) <= set(known):
+            raise KeyError(f"unknown weight set {sorted(set(reads) - set(known))[0]!r}: there are {', '.join(known)}")
+        moves = rule.moves and REFERENCE in reads
+        if moves and lora is None and isinstance(rule, Past):
+            raise ConfigError(f"reference: past keeps {rule.keep} checkpoints in memory, which only a LoRA makes small; set "
+                              "model.lora, or use reference.kind=moving")
+        needs_origin = ORIGIN in reads or (REFERENCE in reads and not moves) or (moves and rule.needs_origin)
         module = _deterministic(unwrap(denoiser.module))
         frozen = None
         if lora is not None:
             lora_files.attach(denoiser, lora, seed=rng.integer(seed, "lora"))
             trainable = lora_files.trained(module)
         else:
-            frozen = _frozen_copy(module, forward_dtype) if REFERENCE in reads else None
+            frozen = _frozen_copy(module, forward_dtype) if needs_origin else None
             trainable = _train_all(module, denoiser.idle())
         if any(p.dtype != torch.float32 for p in trainable.values()):
             raise ValueError("trained weights must be float32: load the denoiser with dtype=torch.float32")
-        kind = "none" if REFERENCE not in reads else "frozen" if lora is None else "adapter_off"
-        return cls(denoiser=denoiser, names=tuple(dict.fromkeys((POLICY, *reads))), _bare=module, _frozen=frozen,
-                   _adapters=lora_files.adapter_layers(module), _trainable=trainable,
-                   identity="none" if kind == "none" else f"{kind}:{denoiser.identity[:12]}")
+        kind = "frozen" if lora is None else "adapter_off"
+        if moves:
+            kind = f"{type(rule).__name__.lower()}:{kind}"
+        names = (POLICY, CURRENT, *reads, *((ORIGIN,) if needs_origin or lora is not None else ()))
+        bank = cls(denoiser=denoiser, names=tuple(dict.fromkeys(names)), _bare=module, _frozen=frozen, _trainable=trainable,
+                   _adapters=lora_files.adapter_layers(module), rule=rule if moves else Frozen(), _seed=seed,
+                   identity=f"{kind}:{denoiser.identity[:12]}" if {REFERENCE, ORIGIN} & set(reads) else "none")
+        if moves:
+            bank._moved = [bank._copy() for _ in range(rule.keep if isinstance(rule, Past) else 1)]
+            bank._mark[0] = isinstance(rule, Past)  # one checkpoint is kept: the base
+        return bank
 
     def predict(self, name: str, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """xt [N, *S], t [N], cond of N rows -> raw [N, *S] under the named set.
@@ -74,6 +100,10 @@ class WeightBank:
         if name == POLICY:
             return self.denoiser(xt, t, cond)
         with torch.no_grad():
+            if name == CURRENT:
+                return self.denoiser.run(self._bare, xt, t, cond)
+            if name == REFERENCE and self._moved:
+                return self.denoiser.run(_Swapped(self._bare, self._on(xt.device)), xt, t, cond)
             if self._frozen is not None:
                 return self.denoiser.run(self._frozen_on(xt.device), xt, t, cond)
             with lora_files.adapters_off(self._adapters):
@@ -83,14 +113,20 @@ class WeightBank:
         """Trained parameters by name, sorted, float32; the names know nothing of DDP."""
         return self._trainable
 
-    def advance(self, step: int) -> None:
-        """After the optimizer's step: where moving sets move. Frozen ones do not."""
+    def advance(self, step: int) -> dict[str, float]:
+        """After the optimizer's step ``step`` (from 0): where moving sets move. Returns figures for the log."""
+        if not self._moved or (step + 1) % self.rule.every:
+            return {}
+        return self._move() if isinstance(self.rule, Moving) else self._keep(step + 1)
 
-    def state(self) -> dict[str, Tensor]:
-        """Trained weights under "policy/<name>", detached, not copied."""
-        return {f"{POLICY}/{name}": parameter.detach() for name, parameter in self._trainable.items()}
+    def state(self) -> Tensors:
+        """Trained weights under "policy/<name>", moved ones under "reference/<number>/<name>"; detached, not copied."""
+        state = {f"{POLICY}/{name}": parameter.detach() for name, parameter in self._trainable.items()}
+        for number, tensors in enumerate(self._moved):
+            state |= {f"{REFERENCE}/{number}/{name}": tensor for name, tensor in tensors.items()}
+        return state | ({f"{REFERENCE}/mark": self._mark} if self._moved else {})
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
+    def load_state(self, tensors: Tensors) -> None:
         """Inverse of ``state``. Raises CheckpointError unless names and shapes are exactly those of this bank."""
         own = self.state()
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -113,11 +149,67 @@ class WeightBank:
         else:
             self._bare.save_pretrained(Path(folder) / self.denoiser.component, safe_serialization=True)
 
+    # moving sets
+
+    def _copy(self) -> Tensors:
+        return {name: parameter.detach().clone() for name, parameter in self._trainable.items()}
+
+    def _on(self, device: torch.device) -> Tensors:
+        """The reference's tensors. They follow the policy, which accelerate moves after the bank was built."""
+        picked = int(self._mark[1]) if isinstance(self.rule, Past) else 0
+        if next(iter(self._moved[picked].values())).device != device:
+            self._moved = [{name: tensor.to(device) for name, tensor in tensors.items()} for tensors in self._moved]
+        return self._moved[picked]
+
+    @torch.no_grad()
+    def _move(self) -> dict[str, float]:
+        rule, closed, figures = self.rule, bool(self._mark[0]), {}
+        if rule.gate is not None and (not closed or rule.thaw):
+            if self.divergence is None:
+                raise ValueError("a gated reference needs WeightBank.divergence")
+            figures["reference_divergence"] = self.divergence(self, CURRENT if rule.judge == "candidate" else REFERENCE)
+            closed = not figures["reference_divergence"] <= rule.gate
+            self._mark[0] = closed
+        if not closed:
+            own = self._on(next(iter(self._trainable.values())).device)
+            for name, parameter in self._trainable.items():
+                own[name].copy_(parameter) if rule.mix == 1 else own[name].lerp_(parameter, rule.mix)
+        return {**figures, "reference_copied": float(not closed)}
+
+    def _keep(self, step: int) -> dict[str, float]:
+        """A new checkpoint joins, and lots are drawn for the next stage."""
+        rule, kept = self.rule, int(self._mark[0])
+        if kept == rule.keep:  # full: the oldest but the base makes room
+            self._moved.append(self._moved.pop(1))
+            kept -= 1
+        with torch.no_grad():
+            for name, parameter in self._trainable.items():
+                self._moved[kept][name].copy_(parameter)
+        kept += 1
+        choice = {"first": 0, "latest": kept - 1}.get(rule.pick)
+        if choice is None:
+            choice = int(rng.generator(self._seed, "past", step).integers(kept))
+        self._mark[0], self._mark[1] = kept, choice
+        return {"reference_picked": float(choice), "reference_kept": float(kept)}
+
     def _frozen_on(self, device: torch.device) -> nn.Module:
         """The copy follows the policy, which accelerate moves after the bank was built."""
         if next(self._frozen.parameters()).device != device:
             self._frozen.to(device)
         return self._frozen
+
+
+class _Swapped:
+    """A module that runs with other tensors in the place of its trained ones."""
+
+    def __init__(self, module: nn.Module, tensors: Tensors):
+        self._module, self._tensors = module, tensors
+
+    def __call__(self, *args, **kwargs):
+        return functional_call(self._module, self._tensors, args, kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
 
 
 def _deterministic(module: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from .links import (
 from .listwise import PlackettLuce, SetContrast
 from .mapo import MaPO, MaPOAAAI
 from .orpo import ORPO
-from .pairs import AllPairs, BestWorst, Pairs
+from .pairs import AllPairs, BestWorst, EasyToHard, Pairs
 from .pairwise import Pairwise
 from .regularized import Regularized
 from .sft import SFT
@@ -30,11 +30,11 @@ OBJECTIVES = {"dpo": Pairwise, "mapo": MaPO, "mapo_aaai": MaPOAAAI, "sft": SFT, 
               "plackett_luce": PlackettLuce, "set_contrast": SetContrast, "regularized": Regularized}
 LINKS = {"logistic": Logistic, "ipo": Squared, "hinge": Hinge, "robust": Robust, "exo": EXO, "discopop": DiscoPOP,
          "f_divergence": FDivergence, "nca": NCA, "bco": BCO, "sppo": SPPO, "apo_zero": APOZero, "apo_down": APODown}
-PAIRS = {"best_worst": BestWorst, "all": AllPairs}
+PAIRS = {"best_worst": BestWorst, "all": AllPairs, "easy_to_hard": EasyToHard}
 LABELS = {"hard": Hard, "soft_target": SoftTarget, "soft_margin": SoftMargin, "offset": Offset, "dcg": DCG,
           "gap_weight": GapWeight}
 
 __all__ = ["BCO", "DCG", "EXO", "KTO", "LABELS", "LINKS", "NCA", "OBJECTIVES", "ORPO", "PAIRS", "SFT", "SPPO", "APODown",
-           "APOZero", "AllPairs", "BestWorst", "DiscoPOP", "FDivergence", "GapWeight", "Hard", "Hinge", "Labels",
+           "APOZero", "AllPairs", "BestWorst", "DiscoPOP", "EasyToHard", "FDivergence", "GapWeight", "Hard", "Hinge", "Labels",
            "Link", "Logistic", "MaPO", "MaPOAAAI", "Objective", "Offset", "Pairs", "Pairwise", "PlackettLuce", "Robust",
            "Regularized", "SetContrast", "SoftMargin", "SoftTarget", "Squared"]

@@ -40,4 +40,31 @@ class AllPairs:
         return (above & both).nonzero(as_tuple=True)
 
 
-Pairs = BestWorst | AllPairs
+@dataclass(frozen=True, kw_only=True)
+class EasyToHard:
+    """Curry-DPO's curriculum (arXiv 2403.07230): the best candidate against the worst first, then against ever closer ones.
+
+    The opponent moves up by one rank every ``stage`` groups of the run, until it is the runner-up; groups of two stay pairs.
+    The paper makes the model of a stage the next one's reference: ``reference: {kind: moving, every: <steps of a stage>}``.
+    """
+
+    stage: int
+
+    def __post_init__(self):
+        if self.stage < 1:
+            raise ValueError(f"stage must be at least 1 group, got {self.stage}")
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        if batch.place is None:
+            raise ValueError("a curriculum needs the groups' places in the run, and this batch has none")
+        order = batch.utility.masked_fill(~batch.valid, -torch.inf).argsort(1, descending=True, stable=True)
+        count = batch.valid.sum(1)
+        step = (batch.place.to(count.device) // self.stage).clamp(max=batch.k)
+        place = (count - 1 - step).clamp(min=1).clamp(max=max(batch.k - 1, 0))
+        group = torch.arange(batch.groups, device=count.device)
+        winner, loser = order[:, 0], order[group, place]
+        keep = ((count >= 2) & (batch.utility[group, winner] > batch.utility[group, loser])).nonzero().squeeze(1)
+        return keep, winner[keep], loser[keep]
+
+
+Pairs = BestWorst | AllPairs | EasyToHard

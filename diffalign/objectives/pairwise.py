@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,17 +13,24 @@ from .labels import Hard, Labels
 from .links import Link, Logistic
 from .pairs import BestWorst, Pairs
 
-CENTRE = "log_ratio"
+CENTRE, LAST, MEAN = "log_ratio", "pair_logit@0", "pair_logit@0.9"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairwise:
-    """loss = weight * link(beta, scale * log-ratio of the winner, of the loser), averaged over both orders by the label.
+    """loss = weight * link(scale * log-ratio of the winner, of the loser, beta), averaged over both orders by the label.
 
     With the logistic link this is Diffusion-DPO (arXiv 2311.12908, Eq. 14). beta is the reference code's: mean-reduced error
     and the factor 1/2 inside the estimate, so kappa = beta/2 (diffusion_dpo.md section 2; published 2000 to 5000).
     reference_free: compare likelihoods of the policy alone. centre: subtract the running mean of the log-ratio from both
     sides (BCO's shift; pointwise links alone see it; last step's value).
+
+    loser_scale: the loser's log-ratio counts so much (PSO's nu, arXiv 2410.03190; MaPPO). flip: SePPO's anchor criterion
+    (arXiv 2410.05255), the loser's log-ratio times the sign of the winner's: while the policy denoises the winner worse than
+    the reference does, the loser is pulled in, not pushed away ("indicator": left out). on_policy: weight
+    min(1, exp(on_policy * beta * (sum of both log-ratios))), the pair's importance under the policy, for pairs that the
+    reference drew (after WPO, arXiv 2406.11827, whose token average has no counterpart here). dynamic: beta-DPO (arXiv
+    2407.08639): beta * max(1e-3, 1 + dynamic * (last step's mean logit - its running mean)). None of these has a gradient.
     """
 
     beta: float
@@ -31,11 +39,21 @@ class Pairwise:
     labels: Labels = Hard()
     reference_free: bool = False
     centre: bool = False
+    loser_scale: float = 1.0
+    flip: Literal["none", "sign", "indicator"] = "none"
+    on_policy: float = 0.0
+    dynamic: float = 0.0
     min_k = 2
 
     def __post_init__(self):
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, got {self.beta}")
+        for name in ("loser_scale", "on_policy", "dynamic"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.reference_free and (self.flip != "none" or self.on_policy):
+            raise ValueError(f"{'flip' if self.flip != 'none' else 'on_policy'} compares with a reference; set "
+                             "reference_free to false")
 
     @property
     def title(self) -> str:
@@ -49,18 +67,44 @@ class Pairwise:
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
         b, w, l = self.pairs(batch)
         label = self.labels(batch, b, w, l)
-        shift = memory.read(CENTRE) if self.centre else 0.0
-        winner, loser = ((est.log_ratio[b, i] - shift) * label.scale for i in (w, l))
-        rows = label.weight * self._both_orders(winner, loser, label.p, label.offset / (2 * self.beta))
-        logit = (self.beta * (winner - loser) - label.offset).detach()
-        loss = Loss.from_rows(rows, b, batch, logit=logit, saturated=(logit.abs() > 5).float(), gradient=torch.sigmoid(-logit))
-        if self.centre:
-            both = torch.cat([est.log_ratio[b, w], est.log_ratio[b, l]]).detach()
-            loss = replace(loss, observed={CENTRE: (both.sum(), torch.tensor(float(len(both)), device=both.device))})
-        return loss
+        shift, beta = memory.read(CENTRE) if self.centre else 0.0, self._beta(memory)
+        own = est.log_ratio[b, w], est.log_ratio[b, l]
+        winner, loser = ((ratio - shift) * label.scale for ratio in own)
+        sign = self._sign(winner)
+        loser = loser * self.loser_scale if sign is None else loser * sign
+        rows = label.weight * self._both_orders(winner, loser, label.p, label.offset / (2 * beta), beta)
+        metrics = {"flipped": (sign <= 0).float()} if sign is not None else {}
+        if self.on_policy:
+            weight = torch.exp(self.on_policy * self.beta * (own[0] + own[1]).detach()).clamp(max=1)
+            rows, metrics["on_policy"] = rows * weight, weight
+        logit = (beta * (winner - loser) - label.offset).detach()
+        loss = Loss.from_rows(rows, b, batch, logit=logit, saturated=(logit.abs() > 5).float(), gradient=torch.sigmoid(-logit),
+                              **metrics)
+        return replace(loss, observed=self._observed(*(ratio.detach() for ratio in own)))
 
-    def _both_orders(self, winner: Tensor, loser: Tensor, p: Tensor, half: Tensor) -> Tensor:
+    def _beta(self, memory: Memory) -> float:
+        if not self.dynamic:
+            return self.beta
+        return self.beta * max(1e-3, 1 + self.dynamic * (memory.read(LAST) - memory.read(MEAN)))
+
+    def _sign(self, winner: Tensor) -> Tensor | None:
+        """Of what the loser's log-ratio counts: 0 where policy and reference are equal."""
+        if self.flip == "none":
+            return None
+        sign = winner.detach().sign()
+        return self.loser_scale * (sign.clamp(min=0) if self.flip == "indicator" else sign)
+
+    def _both_orders(self, winner: Tensor, loser: Tensor, p: Tensor, half: Tensor, beta: float) -> Tensor:
         """The offset is split between the two sides, so that pointwise links see it as well."""
-        right = self.link(winner - half, loser + half, self.beta)
-        swapped = self.link(loser - half, winner + half, self.beta)
+        right = self.link(winner - half, loser + half, beta)
+        swapped = self.link(loser - half, winner + half, beta)
         return p * right + (1 - p) * swapped
+
+    def _observed(self, winner: Tensor, loser: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        def mean_of(x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.sum(), torch.tensor(float(len(x)), device=x.device)
+
+        observed = {CENTRE: mean_of(torch.cat([winner, loser]))} if self.centre else {}
+        if self.dynamic:
+            observed |= {name: mean_of(self.beta * (winner - loser)) for name in (LAST, MEAN)}
+        return observed

@@ -1,12 +1,17 @@
-"""Forward processes, parameterizations, times and noise plans."""
+"""Forward processes, parameterizations, times, noise plans and solver steps."""
 
 from .gaussian import Process, RectifiedFlow, VariancePreserving
-from .noise import Independent, NoisePlan, Shared
+from .noise import CURRENT, Independent, Inverted, NoisePlan, ReNoised, Shared, draw_keys
 from .parameterization import X0, Eps, Parameterization, V, Velocity
-from .times import Discrete, LogitNormal, Times, Uniform
+from .sequences import Antithetic, LowDiscrepancy, Random, Sequence, Stratified
+from .solver import deterministic_step
+from .times import Discrete, Geometric, LogitNormal, Mixture, Times, Uniform
 
-NOISES = {"shared": Shared, "independent": Independent}
-TIMES = {"uniform": Uniform, "logit_normal": LogitNormal, "discrete": Discrete}
+NOISES = {"shared": Shared, "independent": Independent, "inverted": Inverted, "renoised": ReNoised}
+TIMES = {"uniform": Uniform, "logit_normal": LogitNormal, "mixture": Mixture, "geometric": Geometric, "discrete": Discrete}
+SEQUENCES = {"random": Random, "stratified": Stratified, "antithetic": Antithetic, "low_discrepancy": LowDiscrepancy}
 
-__all__ = ["NOISES", "TIMES", "Discrete", "Eps", "Independent", "LogitNormal", "NoisePlan", "Parameterization", "Process",
-           "RectifiedFlow", "Shared", "Times", "Uniform", "V", "VariancePreserving", "Velocity", "X0"]
+__all__ = ["CURRENT", "NOISES", "SEQUENCES", "TIMES", "Antithetic", "Discrete", "Eps", "Geometric", "Independent", "Inverted",
+           "LogitNormal", "LowDiscrepancy", "Mixture", "NoisePlan", "Parameterization", "Process", "Random", "ReNoised",
+           "RectifiedFlow", "Sequence", "Shared", "Stratified", "Times", "Uniform", "V", "VariancePreserving", "Velocity",
+           "X0", "deterministic_step", "draw_keys"]

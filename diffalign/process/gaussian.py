@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..types import Noised
-from .parameterization import _like
+from .parameterization import like
 
 
 class _Gaussian:
@@ -19,7 +19,7 @@ class _Gaussian:
         t = self.snap(t)
         alpha, sigma = self.coefficients(t)
         x0, eps = x0.float(), eps.float()
-        xt = _like(alpha, x0) * x0 + _like(sigma, x0) * eps
+        xt = like(alpha, x0) * x0 + like(sigma, x0) * eps
         return Noised(x0=x0, xt=xt, noise=eps, t=t, alpha=alpha, sigma=sigma, log_snr=2 * (alpha.log() - sigma.log()))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..types import Noised
 
 
-def _like(coefficient: Tensor, x: Tensor) -> Tensor:
+def like(coefficient: Tensor, x: Tensor) -> Tensor:
     """[N] -> [N, 1, ...] with as many axes as x."""
     return coefficient.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
 
@@ -26,7 +26,7 @@ class Eps:
         return n.noise
 
     def to_x0(self, raw: Tensor, n: Noised) -> Tensor:
-        return (n.xt - _like(n.sigma, raw) * raw) / _like(n.alpha, raw)
+        return (n.xt - like(n.sigma, raw) * raw) / like(n.alpha, raw)
 
     def to_eps(self, raw: Tensor, n: Noised) -> Tensor:
         return raw
@@ -46,7 +46,7 @@ class X0:
         return raw
 
     def to_eps(self, raw: Tensor, n: Noised) -> Tensor:
-        return (n.xt - _like(n.alpha, raw) * raw) / _like(n.sigma, raw)
+        return (n.xt - like(n.alpha, raw) * raw) / like(n.sigma, raw)
 
     def error_to_eps(self, n: Noised) -> Tensor:
         return (n.alpha / n.sigma) ** 2
@@ -57,13 +57,13 @@ class V:
     """v = alpha*eps - sigma*x0 (Salimans & Ho 2022; SD 2.x). Needs alpha^2 + sigma^2 = 1."""
 
     def target(self, n: Noised) -> Tensor:
-        return _like(n.alpha, n.x0) * n.noise - _like(n.sigma, n.x0) * n.x0
+        return like(n.alpha, n.x0) * n.noise - like(n.sigma, n.x0) * n.x0
 
     def to_x0(self, raw: Tensor, n: Noised) -> Tensor:
-        return _like(n.alpha, raw) * n.xt - _like(n.sigma, raw) * raw
+        return like(n.alpha, raw) * n.xt - like(n.sigma, raw) * raw
 
     def to_eps(self, raw: Tensor, n: Noised) -> Tensor:
-        return _like(n.alpha, raw) * raw + _like(n.sigma, raw) * n.xt
+        return like(n.alpha, raw) * raw + like(n.sigma, raw) * n.xt
 
     def error_to_eps(self, n: Noised) -> Tensor:
         return n.alpha**2
@@ -77,10 +77,10 @@ class Velocity:
         return n.noise - n.x0
 
     def to_x0(self, raw: Tensor, n: Noised) -> Tensor:
-        return n.xt - _like(n.sigma, raw) * raw
+        return n.xt - like(n.sigma, raw) * raw
 
     def to_eps(self, raw: Tensor, n: Noised) -> Tensor:
-        return n.xt + _like(n.alpha, raw) * raw
+        return n.xt + like(n.alpha, raw) * raw
 
     def error_to_eps(self, n: Noised) -> Tensor:
         return n.alpha**2

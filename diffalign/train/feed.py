@@ -16,6 +16,7 @@ class Source(Protocol):
     """take(step): this rank's micro-batches, CPU tensors, the same number on every rank; offline a pure function of step.
 
     boundary(step): True when a checkpoint after ``step`` steps is exact. identity: hash of the data, verified on resume.
+    pure: False for a source that draws with the policy's weights; its steps are then never read ahead.
     """
 
     identity: str
@@ -31,6 +32,7 @@ class Feed:
 
     def __init__(self, source: Source, device: torch.device, ahead: bool, last: int):
         self.source, self.pin, self.last = source, device.type == "cuda", last
+        ahead = ahead and getattr(source, "pure", True)
         self.pool = ThreadPoolExecutor(1, "feed") if ahead else None
         self._next: tuple[int, Future] | None = None
 
@@ -51,8 +53,8 @@ class Feed:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Without waiting. The key stays on the CPU, where the noise is drawn: reading it back would stop the device."""
-    return replace(batch.to(device), key=batch.key)
+    """Without waiting. Key and place stay on the CPU, where the noise is drawn: reading them back would stop the device."""
+    return replace(batch.to(device), key=batch.key, place=batch.place)
 
 
 def _pinned(value):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ResourceError, UserError
+from ..process import CURRENT
 from ..types import Batch, Loss
 
 SAMPLE = 65_536  # elements of a tensor that movement is measured on; every LoRA tensor is smaller
@@ -152,7 +153,8 @@ def compare_sets(method, batch: Batch, ctx) -> tuple[Loss, dict[str, float]]:
 
     def predict(name, xt, t, cond):
         raw = ctx.predict(name, xt, t, cond)
-        seen.setdefault(name, []).append(raw.detach().float())
+        if name != CURRENT:  # inversions ask the policy elsewhere
+            seen.setdefault(name, []).append(raw.detach().float())
         return raw
 
     with torch.no_grad():

@@ -49,7 +49,7 @@ class Bank(Protocol):
 
     def trainable(self) -> dict[str, torch.nn.Parameter]: ...
 
-    def advance(self, step: int) -> None: ...
+    def advance(self, step: int) -> dict[str, float]: ...
 
     def state(self) -> dict[str, Tensor]: ...
 
@@ -220,7 +220,8 @@ class _Trainer:
             if self.average is not None:
                 self.average.update()
             self._check_moved()
-        self.bank.advance(state.step)
+        moved = self.bank.advance(state.step) or {}
+        totals.report.update({name: (value, 1.0) for name, value in moved.items()})
         state.step += 1
         state.samples += self.groups_per_step
 

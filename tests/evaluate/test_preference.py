@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffalign import rng
-from diffalign.evaluate.preference import Margins, Stratified, before_and_after, heldout_preference, measure, summarise
+from diffalign.evaluate.preference import Margins, before_and_after, heldout_preference, measure, stratified, summarise
 from diffalign.likelihood import MinSNR
 from diffalign.methods import Context
 from diffalign.process import Eps, VariancePreserving
@@ -93,7 +93,7 @@ def test_draws_are_fixed_shared_and_independent_of_the_batch():
 
 def test_times_are_stratified():
     keys = torch.cartesian_prod(torch.arange(50), torch.tensor([0]), torch.arange(8))
-    t = Stratified(8).draw(0, keys).view(50, 8)
+    t = stratified(0, keys, 8).view(50, 8)
     assert torch.equal((t * 8).floor(), torch.arange(8).expand(50, 8).double()) and len(t.unique()) == 400
 
 

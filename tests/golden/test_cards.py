@@ -13,7 +13,7 @@ from diffalign.likelihood import ELBO, DenoisingELBO, MinSNR, implied_nats
 from diffalign.methods import Preference
 from diffalign.methods.health import health
 from diffalign.objectives import SFT, Hinge, Logistic, MaPO, MaPOAAAI, Pairwise, Regularized, Robust, Squared
-from diffalign.process import X0, Discrete, Eps, LogitNormal, RectifiedFlow, Uniform, V, VariancePreserving, Velocity
+from diffalign.process import X0, Discrete, Eps, LogitNormal, Random, RectifiedFlow, Uniform, V, VariancePreserving, Velocity
 from diffalign.types import Batch, Cond, Estimate, Memory, Noised
 
 from .test_likelihood import Linear, batch_of, context, gaussian_error, noised_at, sd_process, true_log_ratio
@@ -109,10 +109,10 @@ def test_check_6_tiling_leaves_the_logit_and_multiplies_the_summed_one_by_four()
     class Tiled:
         """The small batch's noise, tiled like the big one's latents."""
 
-        def draw(self, batch, process, times, seed, draws):
-            n = DenoisingELBO().noise.draw(small, process, times, seed, draws)
+        def draw(self, batch, ctx, keys, t):
+            n = DenoisingELBO().noise.draw(small, ctx, keys, t)
             factor = batch.x0.shape[-1] // small.x0.shape[-1]
-            return process.noise(n.x0.repeat(1, 1, factor, factor), n.t, n.noise.repeat(1, 1, factor, factor))
+            return ctx.process.noise(n.x0.repeat(1, 1, factor, factor), n.t, n.noise.repeat(1, 1, factor, factor))
 
     model = Linear(policy=0.3, reference=0.2)
     logits = [Preference(DenoisingELBO(noise=Tiled()), Pairwise(beta=50)).loss(b, context(model)).metrics["logit"]
@@ -140,7 +140,7 @@ def test_elbo_estimate_is_unbiased(param, process):
     estimator = DenoisingELBO(weighting=ELBO(normalise=False, max=None), draws=draws)
     ctx = context(predict, process, param)
     est = estimator(batch, ctx, "reference")
-    n = estimator.noise.draw(batch, process, estimator.times, 0, draws)
+    n = estimator.noised(batch, ctx)
     weight = estimator.weighting(n, param, process)
     errors = [(param.target(n) - predict(name, n.xt, n.t, None)).square().mean(1) for name in ("policy", "reference")]
     spread = (-0.5 * weight * (errors[0] - errors[1])).std().item() / draws**0.5
@@ -185,7 +185,7 @@ def test_half_precision_predictions_are_reduced_in_float32():
     model = Linear(policy=0.3, reference=0.2)
     half = lambda *args: model(*args).bfloat16()
     est = DenoisingELBO()(batch_of(), context(half), "reference")
-    n = DenoisingELBO().noise.draw(batch_of(), sd_process(), DenoisingELBO().times, 0, 1)
+    n = DenoisingELBO().noised(batch_of(), context(model))
     expected = (n.noise - (0.3 * n.xt).bfloat16().float()).square().flatten(1).mean(1).view(3, 2)
     assert est.error.dtype == est.policy.dtype == torch.float32
     assert torch.equal(est.error, expected)
@@ -195,7 +195,7 @@ def test_discrete_times_are_the_distilled_models_steps():
     """SDXL-Turbo: t -> 250 (t mod 4) + 249, each as often."""
     process, times = sd_process(), Discrete(timesteps=(249, 499, 749, 999))
     keys = torch.stack([torch.arange(2000), torch.zeros(2000, dtype=torch.int64)], 1)
-    found, counts = process.timestep(process.snap(times.draw(0, keys))).unique(return_counts=True)
+    found, counts = process.timestep(process.snap(times.at(Random().draw(0, keys, None)))).unique(return_counts=True)
     assert found.tolist() == [249, 499, 749, 999]
     assert (counts - 500).abs().max() < 4 * (2000 * 0.25 * 0.75) ** 0.5
 
@@ -203,9 +203,9 @@ def test_discrete_times_are_the_distilled_models_steps():
 def test_logit_normal_has_its_density():
     """P(t < 1/2) is Phi(-mean/std); with mean -1, std 2: Phi(0.5) = 0.6915. A negative mean leans to clean, t = 0."""
     keys = torch.arange(4000)[:, None]
-    t = LogitNormal(mean=-1.0, std=2.0).draw(0, keys)
+    t = LogitNormal(mean=-1.0, std=2.0).at(Random().draw(0, keys, None))
     assert (t < 0.5).double().mean().item() == pytest.approx(0.6915, abs=4 * (0.69 * 0.31 / 4000) ** 0.5)
-    assert Uniform(low=0.25, high=0.5).draw(0, keys).min() >= 0.25
+    assert Uniform(low=0.25, high=0.5).at(Random().draw(0, keys, None)).min() >= 0.25
 
 
 # --- keyed randomness ------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def test_averaging_draws_inside_the_link_is_below_averaging_losses():
     batch, model = batch_of(b=4), Linear(policy=0.3, reference=0.2)
     estimator = DenoisingELBO(draws=8)
     inside = Preference(estimator, Pairwise(beta=20)).loss(batch, context(model)).per_group
-    n = estimator.noise.draw(batch, sd_process(), estimator.times, 0, 8)
+    n = estimator.noised(batch, context(model))
     error = [(n.noise - s * n.xt).square().flatten(1).mean(1).view(8, 4, 2) for s in (0.3, 0.2)]
     z = -10 * ((error[0] - error[1])[:, :, 0] - (error[0] - error[1])[:, :, 1])
     torch.testing.assert_close(inside, torch.nn.functional.softplus(-z.mean(0)), rtol=1e-4, atol=1e-6)

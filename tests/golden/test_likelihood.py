@@ -179,13 +179,13 @@ def test_policy_and_reference_see_the_same_noise_and_the_reference_goes_first():
 
 def test_noise_and_time_are_shared_inside_a_group_and_differ_between_groups_draws_and_visits():
     batch, process = batch_of(b=2, k=3), sd_process()
-    n = DenoisingELBO().noise.draw(batch, process, DenoisingELBO().times, 0, 2)
+    n = DenoisingELBO(draws=2).noised(batch, context(None, process))
     noise, t = n.noise.view(2, 2, 3, -1), n.t.view(2, 2, 3)
     assert torch.equal(noise[:, :, :1].expand_as(noise), noise) and torch.equal(t[:, :, :1].expand_as(t), t)
     assert len({tuple(x.tolist()) for x in noise[:, :, 0].flatten(0, 1)}) == 4
-    again = DenoisingELBO().noise.draw(batch, process, DenoisingELBO().times, 1, 2)
+    again = DenoisingELBO(draws=2).noised(batch, context(None, process, seed=1))
     assert not torch.equal(again.noise, n.noise)
-    own = Independent().draw(batch, process, DenoisingELBO().times, 0, 1).noise.view(2, 3, -1)
+    own = DenoisingELBO(noise=Independent()).noised(batch, context(None, process)).noise.view(2, 3, -1)
     assert not torch.equal(own[:, 0], own[:, 1])
 
 
@@ -209,7 +209,7 @@ def test_reference_free_runs_exactly_one_pass():
 def test_draws_are_averaged_inside_the_estimate():
     batch, model = batch_of(b=1), Linear(policy=0.3, reference=0.2)
     est = DenoisingELBO(draws=4)(batch, context(model), "reference")
-    noised = DenoisingELBO().noise.draw(batch, sd_process(), DenoisingELBO().times, 0, 4)
+    noised = DenoisingELBO(draws=4).noised(batch, context(model))
     error = (noised.noise - 0.3 * noised.xt).square().flatten(1).mean(1).view(4, 1, 2)
     assert torch.allclose(est.policy, -0.5 * error.mean(0), rtol=1e-6)
 
@@ -238,7 +238,7 @@ def test_monte_carlo_estimate_of_a_gaussian():
                   valid=torch.ones(1, 1, dtype=torch.bool), key=torch.zeros(1, 2, dtype=torch.int64))
     draws = 4096
     ctx = context(predict, process)
-    noised = DenoisingELBO().noise.draw(batch, process, DenoisingELBO().times, 0, draws)
+    noised = DenoisingELBO(draws=draws).noised(batch, ctx)
     per_draw = [(noised.noise - predict(n, noised.xt, noised.t, None)).square().mean(1) for n in ("policy", "reference")]
     standard_error = (-0.5 * (per_draw[0] - per_draw[1])).std().item() / draws**0.5
     est = DenoisingELBO(draws=draws)(batch, ctx, "reference")

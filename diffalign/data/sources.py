@@ -1,0 +1,112 @@
+"""Where the candidates of a group come from: all from disk, or some drawn by the model that is being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..sampling.latents import Sampler
+from ..types import Batch, Cond
+from .offline import Offline
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The data set's own candidates."""
+
+    k: int | None = None  # as many as the data has
+    sampler = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemiPolicy:
+    """Each group's winner beside one sample of the model in the loser's place (SePPO, arXiv 2410.05255; offline PSO).
+
+    weights: which set draws: "reference" (SePPO: a past checkpoint), "origin" (PSO: the model before tuning) or "current".
+    The data needs winners only. Samples stay latents, winners went through the encoder once.
+    """
+
+    sampler: Sampler = Sampler()
+    weights: Literal["reference", "origin", "current"] = "reference"
+    k = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Online:
+    """``k`` samples of the current model for each prompt, ranked by a reward; of the data set only the prompts are read.
+
+    reward: name of a reward. The group's best and worst are what BestWorst pairs; equal scores give no pair.
+    """
+
+    reward: str
+    k: int = 2
+    sampler: Sampler = Sampler()
+    weights: Literal["current", "reference", "origin"] = "current"
+
+    def __post_init__(self):
+        if not 2 <= self.k <= 1024:
+            raise ValueError(f"k must be at least 2 and at most 1024, got {self.k}")
+
+
+SourceSpec = Stored | SemiPolicy | Online
+SOURCES = {"stored": Stored, "semi_policy": SemiPolicy, "online": Online}
+
+Draw = Callable[[Cond, Tensor, tuple[int, ...]], Tensor]
+Score = Callable[[Tensor, Sequence[str]], Tensor]
+
+
+class Sampled:
+    """A source whose groups hold samples of the model.
+
+    draw(cond of N rows, keys [N, 3], shape) -> x0 [N, *shape] on the CPU, with the weights of that moment. As they, and the
+    keys, are in every checkpoint, it is exact at every step. score(x0 [N, *shape], prompts) -> [N]; NaN leaves one out.
+    """
+
+    pure = False  # a step's batches depend on the weights, so they are not read ahead
+
+    def __init__(self, stored: Offline, spec: SemiPolicy | Online, draw: Draw, score: Score | None = None):
+        self.stored, self.spec, self.draw, self.score = stored, spec, draw, score
+        self.identity, self.k, self.soft, self.groups = stored.identity, spec.k, False, stored.groups
+        self.elements = stored.elements
+
+    def take(self, step: int) -> list[Batch]:
+        micros = self.stored.take(step)
+        if isinstance(self.spec, SemiPolicy):
+            return [self._beside_winner(batch) for batch in micros]
+        return [self._ranked(batch, prompts) for batch, prompts in zip(micros, self.stored.prompts(step), strict=True)]
+
+    def boundary(self, step: int) -> bool:
+        return True
+
+    def _beside_winner(self, batch: Batch) -> Batch:
+        group = torch.arange(batch.groups)
+        utility = batch.utility.masked_fill(~batch.valid, -torch.inf)
+        winner = utility.argmax(1)
+        has_winner = batch.valid.any(1) & ((batch.valid.sum(1) > 1) | (utility.amax(1) > 0))
+        cond = replace(batch.cond, extra={name: x[group, winner][:, None].repeat(1, 2, *[1] * (x.dim() - 2))
+                                          for name, x in batch.cond.extra.items()})
+        own = self._samples(batch, cond, 1)
+        return replace(batch, x0=torch.cat([batch.x0[group, winner][:, None], own], dim=1), cond=cond, soft=None,
+                       utility=torch.tensor([[1.0, 0.0]]).repeat(batch.groups, 1),
+                       valid=has_winner[:, None].repeat(1, 2))
+
+    def _ranked(self, batch: Batch, prompts: Sequence[str]) -> Batch:
+        k = self.spec.k
+        cond = replace(batch.cond, extra={name: x[:, :1].repeat(1, k, *[1] * (x.dim() - 2))
+                                          for name, x in batch.cond.extra.items()})
+        x0 = self._samples(batch, cond, k)
+        texts = [prompt for prompt in prompts for _ in range(k)]
+        utility = self.score(x0.flatten(0, 1), texts).float().view(batch.groups, k)
+        valid = utility.isfinite() & batch.valid.any(1, keepdim=True)
+        return replace(batch, x0=x0, cond=cond, utility=utility.nan_to_num(0.0), valid=valid, soft=None)
+
+    def _samples(self, batch: Batch, cond: Cond, k: int) -> Tensor:
+        """[B, k, *S]; a key is (row, visit, candidate)."""
+        candidate = torch.arange(k).repeat(batch.groups)[:, None]
+        keys = torch.cat([batch.key.repeat_interleave(k, dim=0), candidate], dim=1)
+        some = replace(cond, extra={name: x[:, :k] for name, x in cond.extra.items()})
+        return self.draw(some.rows(k), keys, tuple(batch.x0.shape[2:])).view(batch.groups, k, *batch.x0.shape[2:])

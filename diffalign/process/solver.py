@@ -1,0 +1,37 @@
+"""A step between two noise levels, in either direction, for every process and parameterization."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import Noised
+from .parameterization import like
+
+
+def at(process, x: Tensor, t: Tensor) -> Noised:
+    """What a parameterization needs to convert a prediction made at (x, t). x0 and noise are not known: they hold ``x``."""
+    alpha, sigma = process.coefficients(t)
+    return Noised(x0=x, xt=x, noise=x, t=t, alpha=alpha, sigma=sigma, log_snr=2 * (alpha.log() - sigma.log()))
+
+
+def move(process, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """alpha x0 + sigma eps at the level t [N]: x0, eps [N, *S]."""
+    alpha, sigma = process.coefficients(t)
+    return like(alpha, x0) * x0 + like(sigma, x0) * eps
+
+
+def deterministic_step(ctx, x: Tensor, raw: Tensor, t: Tensor, to: Tensor) -> Tensor:
+    """DDIM with eta 0 (Song et al. 2020) from level t to level ``to`` [N]; on a rectified flow it is Euler's step.
+
+    x, raw: [N, *S], the latent and the prediction at t. ctx: ``process`` and ``param``. Works towards noise as well.
+    """
+    here = at(ctx.process, x, t)
+    return move(ctx.process, ctx.param.to_x0(raw, here), ctx.param.to_eps(raw, here), to)
+
+
+def bridge_std(process, low: Tensor, high: Tensor) -> Tensor:
+    """[N] standard deviation of q(x_low | x_high, x0), the DDPM posterior: what eta = 1 adds in a step between the levels."""
+    (a, s), (a1, s1) = process.coefficients(low), process.coefficients(high)
+    between = (s1**2 - (a1 / a) ** 2 * s**2).clamp(min=0)
+    return torch.sqrt(between) * s / s1
