@@ -57,7 +57,7 @@ class EasyToHard:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         if batch.place is None:
             raise ValueError("a curriculum needs the groups' places in the run, and this batch has none")
-        order = batch.utility.masked_fill(~batch.valid, -torch.inf).argsort(1, descending=True, stable=True)
+        order = batch.utility.masked_fill(~batch.valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
         count = batch.valid.sum(1)
         step = (batch.place.to(count.device) // self.stage).clamp(max=batch.k)
         place = (count - 1 - step).clamp(min=1).clamp(max=max(batch.k - 1, 0))

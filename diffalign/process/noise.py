@@ -70,8 +70,8 @@ class Inverted:
 
     ``steps`` equal steps from the first level up to exactly t, each row on its own grid; the noise that the error is measured
     against is read off the result, (xt - alpha x0) / sigma. eta: that share of the DDPM posterior's standard deviation is
-    added after each step (0.1 in the released code). Deviation from it: there the inversion ends on a level of a common grid, not
-    on t, which leaves x0 in the target (inpo.md section 7), and a batch shares its first row's t.
+    added after each step (0.1 in the released code). Deviation from it: there the inversion ends on a level of a common grid,
+    not on t, which leaves x0 in the target (inpo.md section 7), and a batch shares its first row's t.
     """
 
     steps: int = 10
