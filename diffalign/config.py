@@ -21,7 +21,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from . import likelihood, objectives, process
-from .data.sources import SOURCES, SourceSpec, Stored
+from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
 from .data.spec import DataSpec
 from .errors import ConfigError
 from .evaluate.spec import EvaluateSpec
@@ -360,7 +360,11 @@ def _cross_check(recipe: Recipe) -> None:
 def check_layout(recipe: Recipe, layout: str) -> None:
     """Raises ConfigError when data of this layout cannot serve the objective. "auto" passes: nothing is known yet."""
     objective = recipe.objective
-    if layout == "unpaired" and objective.min_k > 1:
+    if isinstance(recipe.source, Online):  # reads prompts only
+        return
+    if isinstance(recipe.source, SemiPolicy):
+        layout = "unpaired" if objective.needs_scores else "auto"
+    if layout == "unpaired" and objective.min_k > 1 and not objective.needs_scores:
         raise ConfigError(f"data.layout: 'unpaired' has one picture a group, but {objective.title} compares "
                           f"{objective.min_k}; use pairs or ranked lists, or objective.kind=kto")
     if layout in UNSCORED and objective.needs_scores:

@@ -135,7 +135,7 @@ def test_kill_and_the_same_command_again(done, small, tmp_path):
                                        {"kind": "dpo", "beta": 500, "link": "ipo"},
                                        {"kind": "dpo", "beta": 500, "link": "hinge"},
                                        {"kind": "dpo", "beta": 500, "link": {"kind": "robust", "flip": 0.1}},
-                                       {"kind": "anchored", "weight": 0.1, "objective": {"kind": "dpo", "beta": 500}}],
+                                       {"kind": "regularized", "sft": 0.1, "objective": {"kind": "dpo", "beta": 500}}],
                          ids=lambda o: "-".join(str(v if isinstance(v, str) else v.get("kind")) for v in o.values()
                                                 if isinstance(v, str | dict)))
 def test_every_objective_trains(small, tmp_path, objective):

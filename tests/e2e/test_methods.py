@@ -1,0 +1,66 @@
+"""What has a state of its own continues exactly: moving references, past checkpoints, running means, samples of the model."""
+
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from diffalign.cli import main
+
+from .test_main_job import metrics
+
+DPO = {"kind": "dpo", "beta": 500}
+WITH_STATE = {
+    "gated": {"reference": {"kind": "moving", "every": 1, "gate": 0.5}},
+    "soft": {"reference": {"kind": "moving", "every": 2, "mix": 0.5, "origin_share": 0.5}},
+    "seppo": {"objective": {**DPO, "flip": "sign"}, "reference": {"kind": "past", "every": 1, "keep": 3},
+              "source": {"kind": "semi_policy", "sampler": {"steps": 2}}},
+    "online": {"source": {"kind": "online", "reward": "brightness", "k": 3, "sampler": {"steps": 2, "guidance_scale": 2.0}}},
+    "kto": {"objective": {"kind": "kto", "beta": 500}},
+    "bco": {"objective": {**DPO, "link": "bco", "centre": True}},
+    "beta_dpo": {"objective": {**DPO, "dynamic": 0.6}},
+    "inpo": {"likelihood": {"noise": {"kind": "inverted", "steps": 2, "eta": 0.1}, "sequence": "low_discrepancy"}},
+    "full": {"reference": {"kind": "moving", "every": 1}, "lora": None},
+}
+
+
+def recipe(small, folder, lora=True, reference=None, source=None, likelihood=None, **sections):
+    """``small`` only knows sections that the base recipe has."""
+    import yaml
+    file = small(folder, data={"validation": None}, evaluate=None, **sections)
+    tree = yaml.safe_load(file.read_text())
+    tree |= {name: value for name, value in (("reference", reference), ("source", source), ("likelihood", likelihood)) if value}
+    if not lora:
+        tree["model"]["lora"] = None
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_resume_is_exact(small, tmp_path, name):
+    """Four steps; then the last checkpoint and all that follows is taken away, and steps 3 and 4 run again."""
+    sections = dict(WITH_STATE[name])
+    file = recipe(small, tmp_path, lora=sections.pop("lora", True), **sections)
+    assert main(["train", str(file)]) == 0
+    run = tmp_path / "run"
+    before, log = load_file(run / "checkpoint-4" / "weights.safetensors"), metrics(tmp_path)
+    shutil.rmtree(run / "checkpoint-4")
+    assert main(["train", str(file)]) == 0
+    after = load_file(run / "checkpoint-4" / "weights.safetensors")
+    assert before.keys() == after.keys() and all((before[key] == after[key]).all() for key in before)
+    assert metrics(tmp_path) == log and [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_winners_alone_are_enough_for_seppo(small, tmp_path):
+    """Unpaired data: the liked pictures are the winners; nothing else is read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import yaml
+    sections = dict(WITH_STATE["seppo"])
+    file = recipe(small, tmp_path, **sections)
+    tree = yaml.safe_load(file.read_text())
+    table = pq.read_table(tree["data"]["path"]).slice(0, 8)
+    winner = [row["jpg_0"] if row["label_0"] > 0.5 else row["jpg_1"] for row in table.to_pylist()]
+    pq.write_table(pa.table({"image": winner, "label": [1] * 7 + [0], "prompt": table["caption"]}), tmp_path / "liked.parquet")
+    assert main(["train", str(file), f"data.path={tmp_path}/liked.parquet", "train.max_train_steps=2"]) == 0
+    assert "flipped" in metrics(tmp_path)[-1] or any("flipped" in line for line in metrics(tmp_path))
