@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from diffalign import data, run
+from diffalign.cli import _quiet_libraries
 from diffalign.config import as_tree, load_recipe, read_yaml
 from diffalign.data.columns import Tally, normalised
 from diffalign.data.flips import flip_labels
@@ -305,7 +306,8 @@ def stage(jobs: list[Job], plan: Plan, out: Path, workers: int) -> int:
         for job in waiting:
             print(perform(job, plan, out), flush=True)
         return len(waiting)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_quiet_libraries) as pool:
         for line in pool.map(partial(perform, plan=plan, out=out), waiting):
             print(line, flush=True)
     return len(waiting)
@@ -344,6 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     table.add_argument("--figures", type=Path, default=Path("assets/figures"))
     args = parser.parse_args(argv)
     try:
+        _quiet_libraries()
         if args.command == "table":
             from compare_table import write_table
             write_table(args.out, args.docs, args.figures)

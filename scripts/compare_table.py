@@ -176,7 +176,8 @@ def write_table(out: Path, docs: Path, figures: Path) -> str:
     run = f"python scripts/compare_methods.py run --out {out}"
     where = Path("..") / figures if not figures.is_absolute() else figures
     parts = [BEGIN, "", f"Made by `{run}` and `python scripts/compare_methods.py table --out {out}`: "
-             f"{plan['budget']:,} passes a run, seeds {', '.join(map(str, plan['seeds']))}.", "", HEAD, *(line(row) for row in rows), "",
+             f"{plan['budget']:,} passes a run, seeds {', '.join(map(str, plan['seeds']))}.",
+             "", HEAD, *(line(row) for row in rows), "",
              *(f"- {said}" for said in (sentences(rows, base, plan) if rows else [])),
              *([f"- {left}"] if (left := missing(out, plan, rows)) else [])]
     if rows:

@@ -177,11 +177,11 @@ def test_the_table_says_what_helped_and_what_is_missing(tmp_path):
     failed = out / "final" / "kto" / "1000" / "seed0"
     failed.mkdir(parents=True)
     (failed / "failed.json").write_text(json.dumps({"reason": "it broke", "kind": "ValueError"}))
-    docs.write_text(f"before\n{compare_table.BEGIN}\nold\n{compare_table.END}\nafter\n")
+    docs.write_text(f"before\n{compare_table.BEGIN}\nstale\n{compare_table.END}\nafter\n")
     for _ in range(2):  # a second table replaces the first
         compare_table.write_table(out, docs, tmp_path / "figures")
     text = docs.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     assert text.count("| `dpo` | 2000 |") == 1 and text.index("| `dpo` | 2000") < text.index("| `hinge` | 500")
     assert "Better than the base, by an interval above one half: `dpo`, `sft`." in text
     assert "no difference from the base is shown: `exo`; worse than the base: `hinge`." in text
