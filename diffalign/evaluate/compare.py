@@ -95,7 +95,7 @@ def compare(base, aligned, prompts: Sequence[str], judge: Reward | None, spec: E
     if not prompts:
         raise DataError("evaluate.prompts: no prompt to compare on")
     spec = spec if spec.seed is not None else replace(spec, seed=run_seed)
-    sides = [_as_draw(side, spec) for side in (base, aligned)]
+    sides = [as_draw(side, spec) for side in (base, aligned)]
     seeds = picture_seeds(prompts, spec.seeds, spec.seed)
     kept = _Kept(rows=_random_rows(len(prompts), spec), extremes=extremes)
     scores, statistics = np.full((2, *seeds.shape), np.nan, np.float32), np.full((2, len(STATISTICS), *seeds.shape), np.nan)
@@ -108,9 +108,9 @@ def compare(base, aligned, prompts: Sequence[str], judge: Reward | None, spec: E
             pictures = [_drawn(draw, texts, numbers, bar) for draw in sides]
             shape = seeds[rows].shape
             for s, images in enumerate(pictures):
-                statistics[s, :, rows] = _measure(images, texts).reshape(-1, *shape)
+                statistics[s, :, rows] = picture_statistics(images, texts).reshape(-1, *shape)
                 if judge is not None:
-                    scores[s, rows] = _score(judge, images, texts).reshape(shape)
+                    scores[s, rows] = judge_scores(judge, images, texts).reshape(shape)
             kept.offer(start, texts, numbers, pictures, scores[:, rows].reshape(2, -1), spec.seeds)
     result = _judged(scores, judge, spec)
     best, worst = kept.extremes_of() if judge is not None else ([], [])
@@ -118,7 +118,8 @@ def compare(base, aligned, prompts: Sequence[str], judge: Reward | None, spec: E
         prompts=prompts, seeds=seeds, judge=judge.name if judge is not None else None,
         base_scores=None if judge is None else scores[0], aligned_scores=None if judge is None else scores[1],
         statistics=result, tiles=kept.tiles(judge is not None), best=best, worst=worst,
-        drift=_drift(statistics, spec), sampling=_sampling(spec), categories=_by_category(scores, categories, judge, spec))
+        drift=drift_of(statistics, seed=spec.seed, resamples=spec.bootstrap_resamples), sampling=_sampling(spec),
+        categories=_by_category(scores, categories, judge, spec))
 
 
 def lora_off_and_on(pipe, spec: EvaluateSpec) -> tuple[Draw, Draw]:
@@ -126,7 +127,7 @@ def lora_off_and_on(pipe, spec: EvaluateSpec) -> tuple[Draw, Draw]:
 
     Needs the memory of one model. The adapters are on again after every block, also when drawing fails.
     """
-    return _as_draw(_Off(pipe), spec), _as_draw(pipe, spec)
+    return as_draw(_Off(pipe), spec), as_draw(pipe, spec)
 
 
 def picture_seeds(prompts: Sequence[str], count: int, seed: int) -> np.ndarray:
@@ -157,7 +158,8 @@ class _Off:
             self.pipe.enable_lora()
 
 
-def _as_draw(side, spec: EvaluateSpec) -> Draw:
+def as_draw(side, spec: EvaluateSpec) -> Draw:
+    """A callable (prompts, seeds) -> pictures from a pipeline, or the callable itself."""
     if isinstance(side, _Off):
         def draw(prompts, seeds):
             with side() as pipe:
@@ -185,15 +187,16 @@ def _drawn(draw: Draw, texts: list[str], seeds: list[int], bar) -> list[Image.Im
     return images
 
 
-def _score(judge: Reward, images: list[Image.Image], texts: list[str]) -> np.ndarray:
+def judge_scores(judge: Reward, images: list[Image.Image], texts: list[str]) -> np.ndarray:
+    """[pictures] float32, NaN where the judge cannot score."""
     scores = judge(images, texts).detach().float().cpu().numpy()
     if scores.shape != (len(images),):
         raise ValueError(f'reward "{judge.name}" gave scores of shape {scores.shape} for {len(images)} pictures')
     return np.where(np.isfinite(scores), scores, np.nan)
 
 
-def _measure(images: list[Image.Image], texts: list[str]) -> np.ndarray:
-    """[statistics, pictures]."""
+def picture_statistics(images: list[Image.Image], texts: list[str]) -> np.ndarray:
+    """[statistics, pictures], in the order of ``STATISTICS``."""
     return np.stack([statistic(images, texts).numpy() for statistic in STATISTICS])
 
 
@@ -218,10 +221,10 @@ def _by_category(scores, categories, judge, spec: EvaluateSpec) -> dict[str, Pai
     return {name: result for name, result in found.items() if result is not None}
 
 
-def _drift(values: np.ndarray, spec: EvaluateSpec) -> list[Drift]:
-    """values: [2, statistics, P, S]."""
+def drift_of(values: np.ndarray, *, seed: int, resamples: int) -> list[Drift]:
+    """values: [2, statistics, P, S], base first, of ``picture_statistics``."""
     rows = np.nanmean(values, axis=3)  # [2, statistics, P]
-    intervals = bootstrap(rows[1] - rows[0], seed=spec.seed, resamples=min(2000, spec.bootstrap_resamples))
+    intervals = bootstrap(rows[1] - rows[0], seed=seed, resamples=min(2000, resamples))
     return [_one_drift(statistic.name, *rows[:, i], *intervals[i]) for i, statistic in enumerate(STATISTICS)]
 
 
