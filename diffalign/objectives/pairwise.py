@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..types import Batch, Estimate, Loss, Memory
+from .base import needs_scores, title_of
 from .labels import Hard, Labels
 from .links import Link, Logistic
 from .pairs import BestWorst, Pairs
@@ -40,19 +41,20 @@ class Pairwise:
     @property
     def title(self) -> str:
         """The method's name in reports."""
-        return self.link.title
+        return title_of(self.link)
 
     @property
     def needs_scores(self) -> bool:
-        return self.labels.needs_scores
+        return needs_scores(self.labels)
 
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
         b, w, l = self.pairs(batch)
         label = self.labels(batch, b, w, l)
         shift = memory.read(CENTRE) if self.centre else 0.0
+        stretch = getattr(self.link, "stretch", 1.0)
         winner, loser = ((est.log_ratio[b, i] - shift) * label.scale for i in (w, l))
-        rows = label.weight * self._both_orders(winner, loser, label.p, label.offset / (2 * self.beta))
-        logit = (self.beta * (winner - loser) - label.offset).detach()
+        rows = label.weight * self._both_orders(winner, loser, label.p, label.offset / (2 * self.beta * stretch))
+        logit = (self.beta * stretch * (winner - loser) - label.offset).detach()
         loss = Loss.from_rows(rows, b, batch, logit=logit, saturated=(logit.abs() > 5).float(), gradient=torch.sigmoid(-logit))
         if self.centre:
             both = torch.cat([est.log_ratio[b, w], est.log_ratio[b, l]]).detach()
