@@ -29,7 +29,7 @@ def _label(batch: Batch, b: Tensor, like: Tensor, **given: Tensor) -> Label:
     """like: [P]. Where the data brings soft labels and the labeler has no probability of its own, theirs holds: of a soft tie
     nobody has won."""
     one = torch.ones_like(like)
-    p = one if batch.soft is None else batch.soft[b].to(like.dtype)
+    p = one if batch.soft is None else batch.soft[b]
     return Label(**{"p": p, "weight": one, "scale": one, "offset": torch.zeros_like(like), **given})
 
 
