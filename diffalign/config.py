@@ -14,7 +14,7 @@ import re
 import types
 import typing
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import yaml
@@ -239,6 +239,8 @@ def _value(annotation, value: object, path: str):
     inner = _optional(annotation)
     if inner is not None and value is None:
         return None
+    if inner in _SLOTS:
+        return _slot(inner, value, path)
     for candidate in (inner, annotation):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
             return _build(candidate, _without_kind(value, candidate), path)
@@ -247,31 +249,78 @@ def _value(annotation, value: object, path: str):
 
 def _slot(annotation, value: object, path: str):
     table, default, group = _SLOTS[annotation]
+    kinds = _kinds(table, group)
     if isinstance(value, str):  # 'link: hinge' says the same as 'link: {kind: hinge}'
         value = {"kind": value}
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a kind ({', '.join(table)}) with its options, got {_show(value)}")
+        raise ConfigError(f"{path}: expected a kind ({', '.join(kinds)}) with its options, got {_show(value)}")
     kind = value.get("kind", default)
     if kind is None:
-        raise ConfigError(f"{path}.kind: is missing; one of {', '.join(table)}")
+        raise ConfigError(f"{path}.kind: is missing; one of {', '.join(kinds)}")
     cls = table.get(kind) if isinstance(kind, str) else None
     if cls is None and group is not None and isinstance(kind, str):
         cls = _plugin(group, kind, path)
     if cls is None:
         raise ConfigError(f"{path}.kind: no {path.rsplit('.', 1)[-1]} called {_show(kind)}."
-                          f"{_did_you_mean(str(kind), list(table))} Known: {', '.join(table)}.")
+                          f"{_did_you_mean(str(kind), kinds)} Known: {', '.join(kinds)}.")
     return _build(cls, {k: v for k, v in value.items() if k != "kind"}, path, lead=("kind",))
 
 
-def _plugin(group: str, kind: str, path: str):
-    """A third party's component, by entry point name; never by a dotted path in a file."""
-    found = [point for point in entry_points(group=group) if point.name == kind]
+_NEEDED = {"diffalign.objectives": ("reference_free", "min_k")}  # what the loop asks an objective for
+
+
+def _kinds(table: dict[str, type], group: str | None) -> list[str]:
+    """All names a slot knows: ours, then those of installed packages. Ours win over theirs."""
+    theirs = {point.name for point in entry_points(group=group)} if group else set()
+    return [*table, *sorted(theirs - set(table))]
+
+
+def _plugin(group: str, kind: str, path: str) -> type | None:
+    """A third party's component, by entry point name; never by a dotted path in a file. None where nobody offers it."""
+    found = {point.value: point for point in entry_points(group=group) if point.name == kind}
     if not found:
         return None
+    where = f"{path}.kind: the plug-in '{kind}' ({', '.join(sorted(found))}, entry point of {group})"
+    if len(found) > 1:
+        raise ConfigError(f"{where} is offered by several packages; keep one of them installed")
     try:
-        return found[0].load()
-    except Exception as error:
-        raise ConfigError(f"{path}.kind: the plug-in '{kind}' ({found[0].value}) cannot be loaded: {error}") from None
+        cls = found.popitem()[1].load()
+    except (Exception, SystemExit) as error:  # a stranger's module may fail in any way
+        raise ConfigError(f"{where} cannot be loaded: {_first_line(error)}") from None
+    problem = _unfit(cls, _NEEDED.get(group, ()))
+    if problem:
+        raise ConfigError(f"{where} {problem}")
+    return cls
+
+
+def _unfit(cls: object, needed: tuple[str, ...]) -> str | None:
+    """What keeps a third party's class from being a component, or None: building, writing and running rely on it."""
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):
+        return "is not a frozen dataclass"
+    if not any("__call__" in parent.__dict__ for parent in cls.__mro__):  # hasattr would find the metaclass's
+        return "has no __call__"
+    fields = {f.name for f in dataclasses.fields(cls)}
+    lacks = [name for name in needed if name not in fields and not hasattr(cls, name)]
+    if lacks:
+        return f"lacks {' and '.join(lacks)}"
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception as error:  # an annotation is any expression
+        return f"has an option whose type cannot be read: {_first_line(error)}"
+    odd = [name for name in sorted(fields) if not _is_option(hints[name])]
+    return f"has an option that a recipe cannot hold: {odd[0]} is a {_words(hints[odd[0]])}" if odd else None
+
+
+def _is_option(annotation) -> bool:
+    """Whether ``_value`` knows what to do with a field of this type."""
+    inner = _optional(annotation)
+    if any(known in _SLOTS or isinstance(known, type) and dataclasses.is_dataclass(known) for known in (annotation, inner)):
+        return True
+    try:
+        TypeAdapter(annotation)
+    except Exception:  # pydantic knows no schema for it
+        return False
+    return True
 
 
 def _leaf(annotation, value: object, path: str):
@@ -297,10 +346,10 @@ def _is_text(value: str) -> bool:
 
 
 def _optional(annotation):
-    """``X`` of ``X | None``, else None."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        rest = [a for a in typing.get_args(annotation) if a is not type(None)]
-        return rest[0] if len(rest) == 1 and len(typing.get_args(annotation)) == 2 else None
+    """``X`` of ``X | None``, where X may be a union itself; else None."""
+    parts = typing.get_args(annotation)
+    if (isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union) and type(None) in parts:
+        return typing.Union[tuple(part for part in parts if part is not type(None))]  # noqa: UP007  (built at run time)
     return None
 
 
@@ -315,9 +364,19 @@ def _kind_of(cls: type) -> str | None:
     named = [kind for table in tables for kind, known in table.items() if known is cls]
     if named:
         return named[0]
-    groups = [group for _, _, group in _SLOTS.values() if group]
-    dotted = f"{cls.__module__}:{cls.__qualname__}"
-    return next((p.name for group in groups for p in entry_points(group=group) if p.value == dotted), None)
+    if cls.__module__.partition(".")[0] == __package__:  # a section of ours; entry points are slow to read
+        return None
+    slots = [(table, group) for table, _, group in _SLOTS.values() if group]
+    return next((point.name for table, group in slots for point in entry_points(group=group)
+                 if point.name not in table and _offers(point, cls)), None)
+
+
+def _offers(point: EntryPoint, cls: type) -> bool:
+    """Whether the entry point is this class; its path may be another one than where the class was written."""
+    try:
+        return point.load() is cls
+    except (Exception, SystemExit):  # another package's trouble
+        return False
 
 
 def _required(f: dataclasses.Field) -> bool:
@@ -332,6 +391,10 @@ def _place(path: str, message: str, fields) -> str:
     """'beta must be above 0' -> 'objective.beta: must be above 0'."""
     name, _, rest = message.partition(" ")
     return f"{_join(path, name)}: {rest}" if name in fields else f"{path}: {message}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _show(value: object) -> str:
@@ -359,14 +422,14 @@ def _cross_check(recipe: Recipe) -> None:
 
 def check_layout(recipe: Recipe, layout: str) -> None:
     """Raises ConfigError when data of this layout cannot serve the objective. "auto" passes: nothing is known yet."""
-    objective = recipe.objective
+    objective, title = recipe.objective, objectives.title_of(recipe.objective)
     if isinstance(recipe.source, Online):  # reads prompts only
         return
-    if isinstance(recipe.source, SemiPolicy):
-        layout = "unpaired" if objective.needs_scores else "auto"
-    if layout == "unpaired" and objective.min_k > 1 and not objective.needs_scores:
-        raise ConfigError(f"data.layout: 'unpaired' has one picture a group, but {objective.title} compares "
+    if isinstance(recipe.source, SemiPolicy):  # winners and samples: pairs without scores
+        layout = "pickapic"
+    if layout == "unpaired" and objective.min_k > 1:
+        raise ConfigError(f"data.layout: 'unpaired' has one picture a group, but {title} compares "
                           f"{objective.min_k}; use pairs or ranked lists, or objective.kind=kto")
-    if layout in UNSCORED and objective.needs_scores:
-        raise ConfigError(f"data.layout: '{layout}' has no scores, which {objective.title} needs; use ranked lists (prompt, "
+    if layout in UNSCORED and objectives.needs_scores(objective):
+        raise ConfigError(f"data.layout: '{layout}' has no scores, which {title} needs; use ranked lists (prompt, "
                           "images, scores), or data.layout=pickapic_scored where the columns score_0 and score_1 are")

@@ -33,6 +33,7 @@ from .models.base import Denoiser, enable_gradient_checkpointing
 from .models.load import encoder_facts, load_denoiser, load_encoders, load_pipeline, model_identity, save_pipeline
 from .models.lora import load as load_lora
 from .models.weights import WeightBank
+from .objectives import title_of
 from .rewards import load_reward
 from .train import fit, make_accelerator, world_of
 from .train.checkpoint import check_writable, disk_errors
@@ -459,8 +460,8 @@ def _title(recipe: Recipe) -> str:
 
 
 def _method_name(recipe: Recipe) -> str:
-    """What papers call it: the objective's own ``title`` or its class's name."""
-    return getattr(recipe.objective, "title", type(recipe.objective).__name__)
+    """What papers call it."""
+    return title_of(recipe.objective)
 
 
 __all__ = ["ResourceError", "UserError", "check", "encode", "evaluate", "grid", "train"]

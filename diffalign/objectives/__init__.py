@@ -1,8 +1,8 @@
 """Objectives, links, pair rules and labels. Imports torch and the types, nothing else of the package."""
 
-from .base import Objective
+from .base import Objective, needs_scores, title_of
 from .kto import KTO
-from .labels import DCG, GapWeight, Hard, Labels, Offset, SoftMargin, SoftTarget
+from .labels import DCG, GapWeight, Hard, Label, Labels, Offset, SoftMargin, SoftTarget
 from .links import (
     BCO,
     EXO,
@@ -35,6 +35,8 @@ LABELS = {"hard": Hard, "soft_target": SoftTarget, "soft_margin": SoftMargin, "o
           "gap_weight": GapWeight}
 
 __all__ = ["BCO", "DCG", "EXO", "KTO", "LABELS", "LINKS", "NCA", "OBJECTIVES", "ORPO", "PAIRS", "SFT", "SPPO", "APODown",
-           "APOZero", "AllPairs", "BestWorst", "DiscoPOP", "EasyToHard", "FDivergence", "GapWeight", "Hard", "Hinge", "Labels",
+           "APOZero", "AllPairs", "BestWorst", "DiscoPOP", "EasyToHard", "FDivergence", "GapWeight", "Hard", "Hinge", "Label",
+           "Labels",
            "Link", "Logistic", "MaPO", "MaPOAAAI", "Objective", "Offset", "Pairs", "Pairwise", "PlackettLuce", "Robust",
-           "Regularized", "SetContrast", "SoftMargin", "SoftTarget", "Squared"]
+           "Regularized", "SetContrast", "SoftMargin", "SoftTarget", "Squared",
+           "needs_scores", "title_of"]

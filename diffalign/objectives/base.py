@@ -1,4 +1,7 @@
-"""What an objective is: how likely each candidate is, bent into a loss. Imports nothing but torch and the types."""
+"""What an objective is: how likely each candidate is, bent into a loss. Imports nothing but torch and the types.
+
+``title_of`` and ``needs_scores`` are the one place that reads those two attributes: a third party's part may lack them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ class Objective(Protocol):
     """Pure: the same estimate, batch and memory give the same loss.
 
     reference_free: True when no reference is read; the reference pass is then never run. min_k: smallest group it accepts.
-    needs_scores: True when the size of the utilities matters, not their order alone. title: its name in reports.
+    needs_scores: True when the size of the utilities matters, not their order alone; False where absent. title: its name in
+    reports; its class's where absent.
     """
 
     reference_free: bool
@@ -20,3 +24,13 @@ class Objective(Protocol):
     title: str
 
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss: ...
+
+
+def title_of(part: object) -> str:
+    """The name that an objective or a link goes by in reports."""
+    return getattr(part, "title", type(part).__name__)
+
+
+def needs_scores(part: object) -> bool:
+    """Whether an objective or its labels read the size of the utilities."""
+    return bool(getattr(part, "needs_scores", False))

@@ -19,7 +19,9 @@ def _liked(batch: Batch) -> tuple[Tensor, Tensor]:
     count = batch.valid.sum(1, keepdim=True)
     mean = (batch.utility * batch.valid).sum(1, keepdim=True) / count.clamp(min=1)
     liked = batch.utility > torch.where(count > 1, mean, 0.0)
-    differ = (count == 1) | ((batch.utility != mean) & batch.valid).any(1, keepdim=True)
+    low, high = (batch.utility.masked_fill(~batch.valid, fill) for fill in (torch.inf, -torch.inf))
+    # not "unlike the mean": that of three times 0.11 is not 0.11
+    differ = (count == 1) | (low.amin(1, keepdim=True) < high.amax(1, keepdim=True))
     return liked, batch.valid & differ
 
 

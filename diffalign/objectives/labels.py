@@ -25,9 +25,12 @@ class Label:
     offset: Tensor
 
 
-def _label(like: Tensor, **given: Tensor) -> Label:
+def _label(batch: Batch, b: Tensor, like: Tensor, **given: Tensor) -> Label:
+    """like: [P]. Where the data brings soft labels and the labeler has no probability of its own, theirs holds: of a soft tie
+    nobody has won."""
     one = torch.ones_like(like)
-    return Label(**{"p": one, "weight": one, "scale": one, "offset": torch.zeros_like(like), **given})
+    p = one if batch.soft is None else batch.soft[b]
+    return Label(**{"p": p, "weight": one, "scale": one, "offset": torch.zeros_like(like), **given})
 
 
 def _gap(batch: Batch, b: Tensor, w: Tensor, l: Tensor) -> Tensor:
@@ -43,7 +46,7 @@ class Hard:
 
     def __call__(self, batch: Batch, b: Tensor, w: Tensor, l: Tensor) -> Label:
         gap = _gap(batch, b, w, l)
-        return _label(gap) if batch.soft is None else _label(gap, p=batch.soft[b])
+        return _label(batch, b, gap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class SoftTarget:
 
     def __call__(self, batch: Batch, b: Tensor, w: Tensor, l: Tensor) -> Label:
         gap = _gap(batch, b, w, l)
-        return _label(gap, p=torch.sigmoid(self.gamma * gap))
+        return _label(batch, b, gap, p=torch.sigmoid(self.gamma * gap))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ class SoftMargin:
 
     def __call__(self, batch: Batch, b: Tensor, w: Tensor, l: Tensor) -> Label:
         gap = _gap(batch, b, w, l)
-        return _label(gap, scale=self.kappa * torch.tanh(gap / (2 * self.temperature)))
+        return _label(batch, b, gap, p=torch.ones_like(gap), scale=self.kappa * torch.tanh(gap / (2 * self.temperature)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ class Offset:
 
     def __call__(self, batch: Batch, b: Tensor, w: Tensor, l: Tensor) -> Label:
         gap = _gap(batch, b, w, l)
-        return _label(gap, offset=self.constant + self.alpha * gap.clamp(min=self.floor).log())
+        return _label(batch, b, gap, offset=self.constant + self.alpha * gap.clamp(min=self.floor).log())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +122,8 @@ class DCG:
         level = ((utility[:, None, :] == utility[:, :, None]) & both).sum(2)
         discount = 1 / torch.log1p((1 + above).to(utility.dtype) + (level - 1) / 2)
         gain = torch.exp2(utility)
-        return _label(utility[b, w], weight=(gain[b, w] - gain[b, l]).abs() * (discount[b, w] - discount[b, l]).abs())
+        weight = (gain[b, w] - gain[b, l]).abs() * (discount[b, w] - discount[b, l]).abs()
+        return _label(batch, b, weight, weight=weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +139,7 @@ class GapWeight:
 
     def __call__(self, batch: Batch, b: Tensor, w: Tensor, l: Tensor) -> Label:
         gap = _gap(batch, b, w, l)
-        return _label(gap, weight=gap.clamp(min=1e-6).pow(self.power).clamp(max=self.most))
+        return _label(batch, b, gap, weight=gap.clamp(min=1e-6).pow(self.power).clamp(max=self.most))
 
 
 Labels = Hard | SoftTarget | SoftMargin | Offset | DCG | GapWeight

@@ -25,6 +25,11 @@ def soft_logistic(logit: Tensor, p: Tensor | float) -> Tensor:
     return p * F.softplus(-logit) + (1 - p) * F.softplus(logit)
 
 
+def _expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1, continued linearly above 40: its product with beta must stay inside float32."""
+    return torch.expm1(x.clamp(max=40)) + math.exp(40.0) * F.relu(x - 40)
+
+
 # --- of the margin alone --------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +138,7 @@ class FDivergence:
 
     F: reverse_kl r (DPO); forward_kl 1 - e^-r; js ln 2 + log sigmoid(r); alpha (e^{(a-1) r} - 1)/(a-1). F needs the log-ratio
     itself, so ``scale`` turns our nats per element into the nats that F bends (the number of elements, for the whole latent);
-    beta then multiplies F, not kappa.
+    beta then multiplies F, not kappa. Above e^40 exponentials go on as straight lines, inside float32 and with their slope.
     """
 
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "js"
@@ -147,17 +152,21 @@ class FDivergence:
         if self.scale <= 0:
             raise ValueError(f"scale must be above 0, got {self.scale}")
 
+    @property
+    def stretch(self) -> float:
+        """What log-ratios are multiplied by, besides beta: an offset of the logit is divided by it as well."""
+        return self.scale
+
     def __call__(self, winner: Tensor, loser: Tensor, beta: float) -> Tensor:
         return F.softplus(-beta * (self._bend(winner * self.scale) - self._bend(loser * self.scale)))
 
     def _bend(self, r: Tensor) -> Tensor:
-        r = r.clamp(-40, 40)  # exp, and its product with beta, must stay inside float32
         if self.divergence == "forward_kl":
-            return 1 - torch.exp(-r)
+            return -_expm1(-r)
         if self.divergence == "js":
             return math.log(2) + F.logsigmoid(r)
         if self.divergence == "alpha":
-            return torch.expm1((self.alpha - 1) * r) / (self.alpha - 1)
+            return _expm1((self.alpha - 1) * r) / (self.alpha - 1)
         return r
 
 

@@ -31,7 +31,7 @@ class PlackettLuce:
     reference_free: bool = False
     min_k = 2
     title = "Plackett-Luce DPO"
-    needs_scores = True
+    needs_scores = False
 
     def __post_init__(self):
         if not self.beta > 0:

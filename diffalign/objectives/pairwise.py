@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..types import Batch, Estimate, Loss, Memory
+from .base import needs_scores, title_of
 from .labels import Hard, Labels
 from .links import Link, Logistic
 from .pairs import BestWorst, Pairs
@@ -58,26 +59,27 @@ class Pairwise:
     @property
     def title(self) -> str:
         """The method's name in reports."""
-        return self.link.title
+        return title_of(self.link)
 
     @property
     def needs_scores(self) -> bool:
-        return self.labels.needs_scores
+        return needs_scores(self.labels)
 
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
         b, w, l = self.pairs(batch)
         label = self.labels(batch, b, w, l)
         shift, beta = memory.read(CENTRE) if self.centre else 0.0, self._beta(memory)
+        stretch = getattr(self.link, "stretch", 1.0)
         own = est.log_ratio[b, w], est.log_ratio[b, l]
         winner, loser = ((ratio - shift) * label.scale for ratio in own)
         sign = self._sign(winner)
         loser = loser * self.loser_scale if sign is None else loser * sign
-        rows = label.weight * self._both_orders(winner, loser, label.p, label.offset / (2 * beta), beta)
+        rows = label.weight * self._both_orders(winner, loser, label.p, label.offset / (2 * beta * stretch), beta)
         metrics = {"flipped": (sign <= 0).float()} if sign is not None else {}
         if self.on_policy:
             weight = torch.exp(self.on_policy * self.beta * (own[0] + own[1]).detach()).clamp(max=1)
             rows, metrics["on_policy"] = rows * weight, weight
-        logit = (beta * (winner - loser) - label.offset).detach()
+        logit = (beta * stretch * (winner - loser) - label.offset).detach()
         loss = Loss.from_rows(rows, b, batch, logit=logit, saturated=(logit.abs() > 5).float(), gradient=torch.sigmoid(-logit),
                               **metrics)
         return replace(loss, observed=self._observed(*(ratio.detach() for ratio in own)))

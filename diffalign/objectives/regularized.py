@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 
 from ..types import Batch, Estimate, Loss, Memory
-from .base import Objective
+from .base import Objective, needs_scores, title_of
 from .sft import SFT, winners
 
 
@@ -35,12 +35,13 @@ class Regularized:
 
     @property
     def needs_scores(self) -> bool:
-        return self.objective.needs_scores
+        return needs_scores(self.objective)
 
     @property
     def title(self) -> str:
         added = [name for name in ("sft", "winner", "origin") if getattr(self, name)]
-        return f"{self.objective.title} + {', '.join(added)}" if added else self.objective.title
+        title = title_of(self.objective)
+        return f"{title} + {', '.join(added)}" if added else title
 
     @property
     def beta(self) -> float | None:
