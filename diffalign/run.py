@@ -21,8 +21,8 @@ from .config import Recipe, as_tree, check_layout, dump
 from .data.check import check as look_at
 from .data.sources import Online, Sampled, Stored
 from .errors import ConfigError, ResourceError, UserError
-from .evaluate.card import write_card
-from .evaluate.compare import Comparison, compare, lora_off_and_on
+from .evaluate.card import fused_name, write_card
+from .evaluate.compare import Comparison, compare, lora_off_and_on, said
 from .evaluate.files import write, write_json
 from .evaluate.preference import before_and_after, heldout_preference
 from .evaluate.prompts import read_prompts
@@ -30,11 +30,20 @@ from .evaluate.report import Run, write_grid, write_report
 from .likelihood import implied_nats
 from .methods import Context, Preference, Probe
 from .models.base import Denoiser, enable_gradient_checkpointing
-from .models.load import encoder_facts, load_denoiser, load_encoders, load_pipeline, model_identity, save_pipeline
+from .models.load import (
+    encoder_facts,
+    inspect,
+    load_denoiser,
+    load_encoders,
+    load_pipeline,
+    model_identity,
+    save_pipeline,
+)
 from .models.lora import load as load_lora
 from .models.weights import WeightBank
 from .objectives import title_of
 from .rewards import load_reward
+from .sampling.scheduler import make_scheduler
 from .train import fit, make_accelerator, world_of
 from .train.checkpoint import check_writable, disk_errors
 from .types import Memory
@@ -58,7 +67,7 @@ def train(recipe: Recipe, printer: Printer = _silent) -> dict:
     started, output_dir = time.monotonic(), Path(recipe.output_dir)
     base = model_identity(recipe.model)  # a wrong model is refused before anything is written
     check_layout(recipe, data.detect_layout(recipe.data))
-    _check_judge(recipe)
+    _check_evaluate(recipe)
     check_writable(output_dir)
     accelerator = make_accelerator(recipe.train, output_dir)
     say = printer if accelerator.is_main_process else _silent
@@ -120,8 +129,7 @@ def _replace_pipeline(recipe: Recipe, denoiser: Denoiser, folder: Path) -> None:
 
 
 def _method(recipe: Recipe) -> Preference:
-    return Preference(recipe.likelihood, recipe.objective, recipe.reference.names,
-                      origin="origin" if recipe.reference.moves else "reference")
+    return Preference.of(recipe.likelihood, recipe.objective, recipe.reference)
 
 
 def _reads(recipe: Recipe, method: Preference) -> tuple[str, ...]:
@@ -221,7 +229,7 @@ def _check_fit(recipe: Recipe, source: data.Offline) -> None:
 def _metadata(recipe: Recipe) -> dict[str, str]:
     """What travels in the header of the weights that people load."""
     facts = {"objective": _method_name(recipe), "base_model": recipe.model.pretrained_model_name_or_path,
-             "data": recipe.data.path, "beta": getattr(recipe.objective, "beta", None),
+             "fuse_lora": recipe.model.fuse_lora, "data": recipe.data.path, "beta": getattr(recipe.objective, "beta", None),
              "learning_rate": recipe.train.learning_rate}
     return {name: str(value) for name, value in facts.items() if value is not None}
 
@@ -305,7 +313,7 @@ def _cache_dir(recipe: Recipe) -> Path:
 def check(recipe: Recipe, printer: Printer = _silent) -> dict:
     """Counts, ties, duplicates, leakage, sizes and derived numbers; draws sample pairs. Loads no weights."""
     facts, output_dir = encoder_facts(recipe.model), Path(recipe.output_dir)
-    _check_judge(recipe)
+    _check_evaluate(recipe)
     check_writable(output_dir)
     resolution = recipe.data.resolution or facts.default_resolution
     found = look_at(recipe.data, resolution=resolution, spatial_factor=facts.spatial_factor, seed=recipe.seed,
@@ -385,7 +393,7 @@ def _trained(recipe: Recipe) -> dict:
     """train.json of a finished run. Raises ConfigError where there is none."""
     if recipe.evaluate is None:
         raise ConfigError("evaluate: is missing; add the section, such as evaluate={prompts: prompts.txt, judge: scenes}")
-    _check_judge(recipe)
+    _check_evaluate(recipe)
     path = Path(recipe.output_dir) / SUMMARY
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -419,7 +427,7 @@ def _both_sides(recipe: Recipe):
     """Base and aligned as stock diffusers pipelines, through the files that users get."""
     device = "cuda" if torch.cuda.is_available() and not recipe.train.cpu else "cpu"
     output_dir = Path(recipe.output_dir)
-    pipe = load_pipeline(recipe.model).to(device)
+    pipe = _drawing(recipe, load_pipeline(recipe.model)).to(device)
     if recipe.model.lora is not None:
         if not (output_dir / LORA_FILE).is_file():
             raise ConfigError(f"{output_dir / LORA_FILE}: is missing; run `diffalign train` first")
@@ -428,17 +436,32 @@ def _both_sides(recipe: Recipe):
         return
     if not (output_dir / PIPELINE).is_dir():  # or its name would pass for a hub id
         raise ConfigError(f"{output_dir / PIPELINE}: is missing; run `diffalign train` first, with model.lora=null")
+    # the saved weights hold what was fused into their base
     aligned = load_pipeline(dataclasses.replace(recipe.model, pretrained_model_name_or_path=str(output_dir / PIPELINE),
-                                                revision=None, variant=None, pretrained_vae_model_name_or_path=None))
-    yield pipe, aligned.to(device)
+                                                revision=None, variant=None, pretrained_vae_model_name_or_path=None,
+                                                fuse_lora=None))
+    yield pipe, _drawing(recipe, aligned).to(device)
 
 
-def _check_judge(recipe: Recipe) -> None:
-    """A wrong judge or prompt file is found before training, not after."""
-    if recipe.evaluate is not None:
-        read_prompts(recipe.evaluate.prompts)
-        if recipe.evaluate.judge is not None:
-            load_reward(recipe.evaluate.judge)
+def _drawing(recipe: Recipe, pipe):
+    """The pipeline with the scheduler of the ``evaluate`` section."""
+    spec = recipe.evaluate
+    if spec.scheduler or spec.timestep_spacing:
+        own = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
+        pipe.scheduler = make_scheduler(own, spec.scheduler, spec.timestep_spacing)
+    return pipe
+
+
+def _check_evaluate(recipe: Recipe) -> None:
+    """A wrong judge, prompt file or scheduler is found before training, not after."""
+    spec = recipe.evaluate
+    if spec is not None:
+        read_prompts(spec.prompts)
+        if spec.judge is not None:
+            load_reward(spec.judge)
+        folder, _ = inspect(recipe.model)
+        if spec.scheduler or spec.timestep_spacing:
+            make_scheduler(folder.config("scheduler"), spec.scheduler, spec.timestep_spacing, spec.num_inference_steps)
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -447,6 +470,7 @@ def _run(recipe: Recipe, facts: dict) -> Run:
     output_dir, lora = Path(recipe.output_dir), recipe.model.lora
     files = sorted(p.name for p in output_dir.glob("*.safetensors")) if lora else [PIPELINE]
     return Run(title=_title(recipe), method=_method_name(recipe), base_model=recipe.model.pretrained_model_name_or_path,
+               fuse_lora=recipe.model.fuse_lora, sampling=said(recipe.evaluate) if recipe.evaluate else {},
                data=recipe.data.path, rank=lora.rank if lora else None, beta=getattr(recipe.objective, "beta", None),
                seed=recipe.seed, pairs=facts["pairs"], steps=facts["step"], train_seconds=facts["seconds"],
                total_seconds=facts.get("total_seconds", facts["wall_seconds"]), heldout=facts["heldout"],
@@ -456,7 +480,8 @@ def _run(recipe: Recipe, facts: dict) -> Run:
 
 def _title(recipe: Recipe) -> str:
     kind = "full fine-tune" if recipe.model.lora is None else "LoRA"
-    return f"{_method_name(recipe)}, {kind}, on {Path(recipe.model.pretrained_model_name_or_path).name}"
+    fused = f" + {fused_name(recipe.model.fuse_lora)}" if recipe.model.fuse_lora else ""
+    return f"{_method_name(recipe)}, {kind}, on {Path(recipe.model.pretrained_model_name_or_path).name}{fused}"
 
 
 def _method_name(recipe: Recipe) -> str:

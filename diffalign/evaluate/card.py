@@ -38,17 +38,42 @@ def is_hub_id(name: str) -> bool:
 def loading(run: Run) -> dict[str, str]:
     """How to use the files: {"diffusers": code, "comfyui": words or ""}."""
     base = run.base_model if is_hub_id(run.base_model) else f"path/to/{Path(run.base_model).name}"
+    scheduler, options = _scheduler(run)
+    names = sorted({"DiffusionPipeline", run.sampling.get("scheduler") or "DiffusionPipeline"})
+    first = [f"from diffusers import {', '.join(names)}", ""]
+    picture = [*scheduler, f'image = pipe("a prompt"{options}).images[0]', ""]
     if run.rank is None:
-        code = 'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
-        return {"diffusers": code + 'image = pipe("a prompt").images[0]\n', "comfyui": ""}
-    code = ("from diffusers import DiffusionPipeline\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{_quoted(base)}")\n'
-            'pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")\n'
-            'image = pipe("a prompt").images[0]\n')
+        return {"diffusers": "\n".join([*first, 'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")', *picture]),
+                "comfyui": ""}
+    fused = fused_name(run.fuse_lora) if run.fuse_lora else None
+    code = [*first, f'pipe = DiffusionPipeline.from_pretrained("{_quoted(base)}")']
+    if fused:
+        code += [f'pipe.load_lora_weights("path/to/{_quoted(fused)}")  # it belongs to the base of these weights',
+                 "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
+    code += ['pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")', *picture]
     comfy = next((name for name in run.files if name.endswith("_comfy.safetensors")), None)
-    words = (f"Copy {comfy} into ComfyUI's models/loras (or A1111's models/Lora) and load it with the base model; "
-             "strength 1.0 is what the figures were measured at." if comfy else "")
-    return {"diffusers": code, "comfyui": words}
+    beside, strength = (f" and the LoRA {fused}", "strength 1.0 for both") if fused else ("", "strength 1.0")
+    words = (f"Copy {comfy} into ComfyUI's models/loras (or A1111's models/Lora) and load it with the base model{beside}; "
+             f"{strength} is what the figures were measured at." if comfy else "")
+    return {"diffusers": "\n".join(code), "comfyui": words}
+
+
+def fused_name(fuse_lora: str) -> str:
+    """The last part of the path of ``model.fuse_lora``; for a file with the usual name, its folder's."""
+    path = Path(fuse_lora)
+    return path.parent.name if path.stem == "pytorch_lora_weights" and path.parent.name else path.name
+
+
+def _scheduler(run: Run) -> tuple[list[str], str]:
+    """The line that sets the scheduler of the figures, and the call's options; nothing where the pipeline's own was used."""
+    name, spacing = run.sampling.get("scheduler"), run.sampling.get("timestep_spacing")
+    if not name and not spacing:
+        return [], ""
+    extra = f', timestep_spacing="{spacing}"' if spacing else ""
+    if spacing and name in ("LCMScheduler", "TCDScheduler"):
+        extra = ", original_inference_steps=1000"  # see sampling/scheduler.py
+    return ([f"pipe.scheduler = {name or 'type(pipe.scheduler)'}.from_config(pipe.scheduler.config{extra})"],
+            f", num_inference_steps={run.sampling['num_inference_steps']}, guidance_scale={run.sampling['guidance_scale']:g}")
 
 
 def _front_matter(run: Run) -> str:
@@ -95,7 +120,8 @@ def _share(result: dict, name: str) -> str:
 
 def _about(run: Run, report: dict) -> str:
     kind = f"LoRA of rank {run.rank}" if run.rank is not None else "all weights of the denoiser"
-    rows = [("Method", _text(run.method)), ("Base model", _text(_public(run.base_model))), ("Trained", kind),
+    rows = [("Method", _text(run.method)), ("Base model", _text(_public(run.base_model))),
+            ("Fused into it", _text(fused_name(run.fuse_lora)) if run.fuse_lora else None), ("Trained", kind),
             ("Preference data", _text(_public(run.data)) if run.data else None),
             ("Pairs", run.pairs and f"{run.pairs:,}"), ("Steps", run.steps and f"{run.steps:,}"),
             ("beta", None if run.beta is None else f"{run.beta:g} (mean-reduced error, factor 1/2)"), ("Seed", str(run.seed)),

@@ -118,7 +118,7 @@ def compare(base, aligned, prompts: Sequence[str], judge: Reward | None, spec: E
         prompts=prompts, seeds=seeds, judge=judge.name if judge is not None else None,
         base_scores=None if judge is None else scores[0], aligned_scores=None if judge is None else scores[1],
         statistics=result, tiles=kept.tiles(judge is not None), best=best, worst=worst,
-        drift=drift_of(statistics, seed=spec.seed, resamples=spec.bootstrap_resamples), sampling=_sampling(spec),
+        drift=drift_of(statistics, seed=spec.seed, resamples=spec.bootstrap_resamples), sampling=said(spec),
         categories=_by_category(scores, categories, judge, spec))
 
 
@@ -177,6 +177,11 @@ def _generate(pipe, prompts, seeds, spec: EvaluateSpec) -> list[Image.Image]:
 def _sampling(spec: EvaluateSpec) -> dict[str, Any]:
     names = ("num_inference_steps", "guidance_scale", "height", "width", "negative_prompt")
     return {name: getattr(spec, name) for name in names}
+
+
+def said(spec: EvaluateSpec) -> dict[str, Any]:
+    """How the pictures are drawn, for a report: what the pipelines are called with, and the scheduler put into them."""
+    return {**_sampling(spec), "scheduler": spec.scheduler, "timestep_spacing": spec.timestep_spacing}
 
 
 def _drawn(draw: Draw, texts: list[str], seeds: list[int], bar) -> list[Image.Image]:

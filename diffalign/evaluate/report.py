@@ -33,15 +33,18 @@ LOSSLESS, SHOWN = 256, 640  # up to 256 px a picture is embedded as PNG; larger 
 class Run:
     """The facts of a run that a report and a card tell.
 
-    title: headline, such as "Diffusion-DPO, LoRA, on tiny-sdxl". method: its name. base_model: hub id or folder. data: hub
-    id or file. rank: of the LoRA, None for a full fine-tune. pairs: distinct training pairs. steps: optimizer steps.
-    seconds: of training alone, and of everything. heldout: ``preference.before_and_after(...)``. metrics: metrics.jsonl.
-    config: the resolved recipe. command: how to run it again. files: written weights, by name.
+    title: headline, such as "Diffusion-DPO, LoRA, on tiny-sdxl". method: its name. base_model: hub id or folder. fuse_lora:
+    file or folder of the LoRA fused into it. sampling: how pictures are drawn (``compare.said``). data: hub id or file.
+    rank: of the LoRA, None for a full fine-tune. pairs: distinct training pairs. steps: optimizer steps. seconds: of training
+    alone, and of everything. heldout: ``preference.before_and_after(...)``. metrics: metrics.jsonl. config: the resolved
+    recipe. command: how to run it again. files: written weights, by name.
     """
 
     title: str
     method: str
     base_model: str
+    fuse_lora: str | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
     data: str | None = None
     rank: int | None = None
     beta: float | None = None
@@ -79,7 +82,7 @@ def build(run: Run, comparison: Comparison | None) -> dict[str, Any]:
         "heldout_preference_accuracy": heldout,
         "pairs": run.pairs, "steps": run.steps, "train_seconds": run.train_seconds, "total_seconds": run.total_seconds,
         "seed": run.seed, "beta": run.beta, "title": run.title, "method": run.method, "base_model": run.base_model,
-        "data": run.data, "rank": run.rank, "files": list(run.files), "command": run.command,
+        "fuse_lora": run.fuse_lora, "data": run.data, "rank": run.rank, "files": list(run.files), "command": run.command,
         "versions": versions(), "machine": machine(), "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "comparison": _comparison(comparison), "config": run.config}
     return clean(facts)
@@ -161,8 +164,9 @@ def _comparison(comparison: Comparison | None) -> dict | None:
 def _note(comparison: Comparison) -> str:
     sampling, shown, total = comparison.sampling, len(comparison.tiles), len(comparison.prompts)
     which = "all prompts" if shown == total else f"{shown} of {total:,} prompts, drawn at random"
-    return (f"Same prompt and seed in a row. {which[0].upper()}{which[1:]}. {sampling['num_inference_steps']} steps, "
-            f"guidance {sampling['guidance_scale']:g}.")
+    scheduler = f" with {sampling['scheduler']}" if sampling.get("scheduler") else ""
+    return (f"Same prompt and seed in a row. {which[0].upper()}{which[1:]}. {sampling['num_inference_steps']} steps"
+            f"{scheduler}, guidance {sampling['guidance_scale']:g}.")
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 LARGEST = 1_000_000  # of any count: far beyond any use, far below what overflows an index
 
@@ -14,6 +15,9 @@ class EvaluateSpec:
     prompts: text file, one prompt a line. judge: name of a reward (``diffalign.rewards``); null draws pictures only.
     seeds: pictures per prompt and model; the interval is a bootstrap over prompts. seed: null takes the run's.
     grid_prompts: rows of grid.png, drawn at random.
+
+    scheduler: a diffusers class, such as LCMScheduler or EulerAncestralDiscreteScheduler; null keeps the pipeline's own.
+    timestep_spacing: null keeps the scheduler's; few-step models want "trailing" (999, 749, 499, 249 for 4 steps).
     """
 
     prompts: str
@@ -23,6 +27,8 @@ class EvaluateSpec:
     num_inference_steps: int = 30
     guidance_scale: float = 5.0
     negative_prompt: str | None = None
+    scheduler: str | None = None
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
     batch_size: int = 8
     height: int | None = None
     width: int | None = None

@@ -27,6 +27,11 @@ class Preference:
     references: Mapping[str, float] = field(default_factory=lambda: {REFERENCE: 1.0})
     origin: str = REFERENCE
 
+    @classmethod
+    def of(cls, estimator: DenoisingELBO, objective: Objective, reference) -> Preference:
+        """reference: the rule that says which sets stand for it (``diffalign.models.references``)."""
+        return cls(estimator, objective, reference.names, origin=ORIGIN if reference.moves else REFERENCE)
+
     @property
     def against(self) -> Mapping[str, float]:
         return {} if self.objective.reference_free else self.references

@@ -145,11 +145,16 @@ def digest(files: Iterable[Path], *texts: str) -> str:
     """Hex SHA-256 over folder/file names, contents and extra texts: the same bytes give the same identity anywhere."""
     total = hashlib.sha256()
     for file in sorted(files):
-        stat = file.stat()
-        total.update(f"{file.parent.name}/{file.name} {_sha256(file, stat.st_size, stat.st_mtime_ns)}\n".encode())
+        total.update(f"{file.parent.name}/{file.name} {content(file)}\n".encode())
     for text in texts:
         total.update(f"{text}\n".encode())
     return total.hexdigest()
+
+
+def content(file: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read once as long as its size and time stay."""
+    stat = file.stat()
+    return _sha256(file, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=256)

@@ -7,6 +7,7 @@ import re
 import shutil
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +19,20 @@ from ..errors import ModelError
 from .base import Adapter, Denoiser, unwrap
 from .dit import SD3
 from .encoders import EncoderFacts, Encoders
-from .folder import IGNORED, TEXT, Folder, check_components, check_weights, digest, read_folder, read_json, weight_files
+from .folder import (
+    IGNORED,
+    TEXT,
+    Folder,
+    check_components,
+    check_weights,
+    content,
+    digest,
+    read_folder,
+    read_json,
+    weight_files,
+)
+from .fuse import check as check_fused
+from .fuse import fuse, lora_file
 from .spec import ModelSpec
 from .unet import SD, SDXL
 
@@ -31,7 +45,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load_pipeline(spec: ModelSpec, *, parts: Literal["all", "encoders"] = "all") -> DiffusionPipeline:
-    """The stock pipeline in float32, on the CPU. parts: "encoders" leaves the denoiser out.
+    """The stock pipeline in float32, on the CPU, ``fuse_lora`` fused. parts: "encoders" leaves the denoiser out.
 
     Raises ModelError for everything that is wrong with the folder or hub id.
     """
@@ -51,6 +65,8 @@ def load_pipeline(spec: ModelSpec, *, parts: Literal["all", "encoders"] = "all")
         pipe = getattr(diffusers, adapter.pipeline).from_pretrained(
             folder.path, torch_dtype=torch.float32, use_safetensors=True, variant=spec.variant, local_files_only=True,
             **absent)
+    if parts == "all" and spec.fuse_lora:
+        fuse(adapter, getattr(pipe, adapter.component), lora_file(spec.fuse_lora))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -88,27 +104,34 @@ def _check_positive(folder: Folder, what: str, *values: object) -> None:
 
 
 def load_denoiser(spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Denoiser:
-    """The family's adapter around the denoiser; neither VAE nor text encoders are read. Raises ModelError."""
+    """The family's adapter around the denoiser, ``fuse_lora`` fused; neither VAE nor text encoders are read.
+
+    Raises ModelError.
+    """
     import diffusers
 
     folder, adapter = inspect(spec)
     check_components(folder, (adapter.component,))
     with _loading(folder.name):
         module, info = getattr(diffusers, adapter.module_class).from_pretrained(
-            folder.path, subfolder=adapter.component, torch_dtype=dtype, use_safetensors=True, variant=spec.variant,
-            local_files_only=True, output_loading_info=True)
+            folder.path, subfolder=adapter.component, torch_dtype=torch.float32 if spec.fuse_lora else dtype,
+            use_safetensors=True, variant=spec.variant, local_files_only=True, output_loading_info=True)
     if info["missing_keys"]:
         raise ModelError(f"{folder.name}: {adapter.component}/ lacks {len(info['missing_keys'])} weights, first "
                          f"{sorted(info['missing_keys'])[0]}; the files do not belong to its config.json")
+    if spec.fuse_lora:  # in float32, so that the sum is rounded once
+        fuse(adapter, module, lora_file(spec.fuse_lora))
+        module.to(dtype)
     with _loading(folder.name):  # diffusers builds the noise schedule from whatever its file says
-        return adapter.assemble(module.to(device).eval(), folder.config("scheduler"), _denoiser_identity(folder, adapter))
+        return adapter.assemble(module.to(device).eval(), folder.config("scheduler"),
+                                _denoiser_identity(spec, folder, adapter))
 
 
 def model_identity(spec: ModelSpec) -> str:
-    """Hex SHA-256 of the denoiser's configuration, weights and noise schedule. Raises ModelError."""
+    """Hex SHA-256 of the denoiser's configuration, weights, noise schedule and fused LoRA. Raises ModelError."""
     folder, adapter = inspect(spec)
     check_components(folder, (adapter.component,))
-    return _denoiser_identity(folder, adapter)
+    return _denoiser_identity(spec, folder, adapter)
 
 
 def save_pipeline(spec: ModelSpec, denoiser: Denoiser, folder: Path | str) -> Path:
@@ -123,7 +146,7 @@ def save_pipeline(spec: ModelSpec, denoiser: Denoiser, folder: Path | str) -> Pa
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already")
-    pipe = load_pipeline(spec, parts="encoders")
+    pipe = load_pipeline(replace(spec, fuse_lora=None), parts="encoders")  # the module holds it already
     pipe.register_modules(**{denoiser.component: module})
     aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
@@ -136,7 +159,7 @@ def save_pipeline(spec: ModelSpec, denoiser: Denoiser, folder: Path | str) -> Pa
 
 
 def inspect(spec: ModelSpec) -> tuple[Folder, type[Adapter]]:
-    """The folder and the family that reads it, from JSON files alone. Raises ModelError."""
+    """The folder and the family that reads it, from JSON files and safetensors headers alone. Raises ModelError."""
     folder = read_folder(_resolve(spec), spec.pretrained_model_name_or_path, spec.variant)
     adapter = next((a for a in FAMILIES.values() if a.pipeline == folder.pipeline), None)
     if adapter is None:
@@ -152,6 +175,10 @@ def inspect(spec: ModelSpec) -> tuple[Folder, type[Adapter]]:
     reason = adapter.unsupported(folder.config(adapter.component), folder.config("scheduler"))
     if reason:
         raise ModelError(f"{folder.name}: unsupported denoiser: {reason}")
+    if spec.fuse_lora:
+        file = lora_file(spec.fuse_lora)
+        check_components(folder, (adapter.component,))
+        check_fused(file, folder.weights(adapter.component))
     return folder, adapter
 
 
@@ -159,9 +186,11 @@ def _encoder_parts(folder: Folder) -> list[str]:
     return [part for part in folder.components if part == "vae" or part in TEXT]
 
 
-def _denoiser_identity(folder: Folder, adapter: type[Adapter]) -> str:
+def _denoiser_identity(spec: ModelSpec, folder: Folder, adapter: type[Adapter]) -> str:
     files = [folder.path / adapter.component / "config.json", folder.path / "scheduler" / "scheduler_config.json"]
-    return digest([*files, *folder.weights(adapter.component)])
+    # a LoRA file may be renamed and moved at will: only its bytes count
+    fused = [f"fuse_lora {content(lora_file(spec.fuse_lora))}"] if spec.fuse_lora else []
+    return digest([*files, *folder.weights(adapter.component)], *fused)
 
 
 def _encoder_identity(spec: ModelSpec, folder: Folder) -> dict[str, str]:

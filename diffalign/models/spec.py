@@ -35,6 +35,8 @@ class ModelSpec:
     """A diffusers pipeline, from a folder or a hub id; safetensors only, no remote code.
 
     lora: null trains all weights of the denoiser (the reference is then a frozen copy). revision: pin a hub id to a commit.
+    fuse_lora: a LoRA of the denoiser (safetensors file, or folder with pytorch_lora_weights.safetensors) that belongs to the
+    base, such as a few-step one: fused at load, before anything is trained, sampled or compared.
     """
 
     pretrained_model_name_or_path: str
@@ -42,7 +44,10 @@ class ModelSpec:
     variant: str | None = None
     pretrained_vae_model_name_or_path: str | None = None
     lora: LoRA | None = LoRA()
+    fuse_lora: str | None = None
 
     def __post_init__(self):
         if not self.pretrained_model_name_or_path.strip():
             raise ValueError("pretrained_model_name_or_path is empty; give a pipeline folder or a hub id")
+        if self.fuse_lora is not None and not self.fuse_lora.strip():
+            raise ValueError("fuse_lora is empty; give a LoRA file or folder, or null")

@@ -164,3 +164,24 @@ def test_judge_and_prompts(recipe, capsys, tmp_path):
     (tmp_path / "p.txt").write_text("a red ring on a blue background\n")
     refused(capsys, recipe(f"evaluate={{prompts: {tmp_path}/p.txt, judge: scens}}", command="evaluate"), "scens", "scenes")
     refused(capsys, recipe(f"evaluate={{prompts: {tmp_path}/p.txt, judge: scenes}}", command="evaluate"), "train")
+
+
+@pytest.mark.parametrize("override, words", [
+    ("model.fuse_lora=/no/such/lora", ["model.fuse_lora", "no such file"]),
+    (f"model.fuse_lora={MODEL / 'unet' / 'diffusion_pytorch_model.safetensors'}", ["model.fuse_lora", "holds no LoRA"]),
+    ("model.fuse_lora=''", ["model.fuse_lora", "is empty"]),
+    ("evaluate.scheduler=LCM", ["evaluate.scheduler", '"LCM"', 'Did you mean "LCMScheduler"?']),
+    ("evaluate.scheduler=FlowMatchEulerDiscreteScheduler", ["evaluate.scheduler", "is not for this model"]),
+    ("evaluate={prompts: PROMPTS, scheduler: LCMScheduler, num_inference_steps: 51}", ["evaluate.scheduler", "50"]),
+    ("evaluate={prompts: PROMPTS, scheduler: LCMScheduler, timestep_spacing: leading}", ["evaluate.timestep_spacing"]),
+])
+@pytest.mark.parametrize("command", ["train", "check", "evaluate"])
+def test_few_step_options(recipe, tmp_path, capsys, monkeypatch, command, override, words):
+    """Found before a model is loaded or a file is written, whatever the command."""
+    from diffusers import ModelMixin
+
+    monkeypatch.setattr(ModelMixin, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded a model"))
+    (tmp_path / "prompts.txt").write_text("a red ring on a blue background\n")
+    recipe.tree["evaluate"] = {"prompts": str(tmp_path / "prompts.txt")}
+    refused(capsys, recipe(override.replace("PROMPTS", str(tmp_path / "prompts.txt")), command=command), *words)
+    assert not list((tmp_path / "run").glob("*"))

@@ -29,7 +29,8 @@ def recipe(small, folder, lora=True, reference=None, source=None, likelihood=Non
     import yaml
     file = small(folder, data={"validation": None}, evaluate=None, **sections)
     tree = yaml.safe_load(file.read_text())
-    tree |= {name: value for name, value in (("reference", reference), ("source", source), ("likelihood", likelihood)) if value}
+    given = {"reference": reference, "source": source, "likelihood": likelihood}
+    tree |= {name: value for name, value in given.items() if value}
     if not lora:
         tree["model"]["lora"] = None
     file.write_text(yaml.safe_dump(tree))

@@ -269,6 +269,25 @@ def test_card_of_a_full_fine_tune_and_a_local_base(tmp_path, comparison, run):
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "tiny-sdxl"
 
 
+def test_card_of_a_few_step_base(tmp_path, comparison, run):
+    """Its code loads the fused LoRA first and draws with the sampler and the steps of the figures."""
+    sampling = {"scheduler": "LCMScheduler", "timestep_spacing": "trailing", "num_inference_steps": 4, "guidance_scale": 1.0}
+    few = replace(run, fuse_lora="/home/someone/lcm/pytorch_lora_weights.safetensors", sampling=sampling)
+    text = write_card(tmp_path, few, write_report(tmp_path, few, comparison)).read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    compile(code, "card", "exec")
+    calls = ["from_pretrained", 'load_lora_weights("path/to/lcm")', "fuse_lora()", "unload_lora_weights()",
+             'load_lora_weights("path/to/this/folder"', "original_inference_steps=1000",
+             "num_inference_steps=4, guidance_scale=1)"]
+    assert sorted(calls, key=code.index) == calls
+    assert "import DiffusionPipeline, LCMScheduler" in code and "Fused into it | lcm" in text and "the LoRA lcm" in text
+    assert "/home/someone" not in text
+    other = replace(few, rank=None, sampling={**sampling, "scheduler": None})
+    text = write_card(tmp_path, other, write_report(tmp_path, other, comparison)).read_text()
+    assert 'type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")' in text
+    assert "load_lora_weights" not in text  # the saved pipeline holds it
+
+
 SECRETS = [
     "hf_abcdefghijklmnopqrstuvwxyz012345",
     "sk-proj-abcdefghijklmnop1234",
