@@ -11,15 +11,14 @@ def passes_per_group(recipe, candidates: int) -> int:
     """Denoiser passes that a training step spends on one group; ``candidates``: pictures a group has in the data.
 
     One pass is one picture forward through one weight set. Per candidate and draw: the policy's forward, ``BACKWARD`` more for
-    its gradient, one forward for each other set that the method reads, and the forwards of a noise plan that inverts pictures;
-    and those of the sampler for every candidate that the model draws itself. Every candidate goes through the model, also those
+    its gradient, one forward for each other set that the method reads, and the forwards of a noise plan that inverts; and
+    those of the sampler for every candidate that the model draws itself. Every candidate goes through the model, also those
     that the objective then leaves out (SFT's losers). The probe of a gated reference, some passes a step at most, is left out.
     """
     method, source = Preference.of(recipe.likelihood, recipe.objective, recipe.reference), recipe.source
-    others = len({*method.reads} - {"policy"})
+    forwards = 1 + BACKWARD + len({*method.reads} - {"policy"}) + recipe.likelihood.noise.forwards
     drawn = {"SemiPolicy": 1, "Online": source.k}.get(type(source).__name__, 0)
-    sampling = drawn * source.sampler.forwards if drawn else 0
-    return (source.k or candidates) * recipe.likelihood.draws * (1 + BACKWARD + others + recipe.likelihood.noise.forwards) + sampling
+    return (source.k or candidates) * recipe.likelihood.draws * forwards + (drawn * source.sampler.forwards if drawn else 0)
 
 
 def groups_per_step(recipe) -> int:
