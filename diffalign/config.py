@@ -39,7 +39,7 @@ class Recipe:
     data: DataSpec
     objective: objectives.Objective
     seed: int = 0
-    likelihood: likelihood.DenoisingELBO = likelihood.DenoisingELBO()
+    likelihood: likelihood.Likelihood = likelihood.DenoisingELBO()
     reference: Reference = Frozen()
     source: SourceSpec = Stored()
     train: TrainSpec = TrainSpec()
@@ -56,6 +56,7 @@ _SLOTS = {
     objectives.Link: (objectives.LINKS, "logistic", "diffalign.links"),
     objectives.Pairs: (objectives.PAIRS, "best_worst", None),
     objectives.Labels: (objectives.LABELS, "hard", "diffalign.labels"),
+    likelihood.Likelihood: (likelihood.ESTIMATORS, "denoising", None),
     likelihood.Weighting: (likelihood.WEIGHTINGS, "simple", None),
     process.NoisePlan: (process.NOISES, "shared", None),
     process.Times: (process.TIMES, "uniform", None),
@@ -418,6 +419,24 @@ UNSCORED = ("pickapic", "chosen_rejected", "unpaired")  # layouts that say who i
 
 def _cross_check(recipe: Recipe) -> None:
     check_layout(recipe, recipe.data.layout)
+    _check_paths(recipe)
+
+
+def _check_paths(recipe: Recipe) -> None:
+    """Step densities need samples with a path, drawn exactly as the estimator reads them."""
+    estimator, source = recipe.likelihood, recipe.source
+    if not isinstance(estimator, likelihood.Transitions):
+        return
+    if not isinstance(source, Online):
+        raise ConfigError("likelihood.kind: 'transitions' reads the paths of samples, which source.kind=online draws; pictures "
+                          "of a data set have none, they need likelihood.kind=denoising")
+    for name in ("solver", "timesteps"):
+        if getattr(source.sampler, name) != getattr(estimator, name):
+            raise ConfigError(f"source.sampler.{name}: {getattr(source.sampler, name)} is not likelihood.{name} "
+                              f"{getattr(estimator, name)}; the density must be that of the sampler")
+    if source.sampler.guidance_scale != 1:
+        raise ConfigError("source.sampler.guidance_scale: must be 1 for likelihood.kind=transitions, whose density knows no "
+                          "guidance")
 
 
 def check_layout(recipe: Recipe, layout: str) -> None:

@@ -27,7 +27,7 @@ from .evaluate.files import write, write_json
 from .evaluate.preference import before_and_after, heldout_preference
 from .evaluate.prompts import read_prompts
 from .evaluate.report import Run, write_grid, write_report
-from .likelihood import implied_nats
+from .likelihood import Simple, Transitions, implied_nats
 from .methods import Context, Preference, Probe
 from .models.base import Denoiser, enable_gradient_checkpointing
 from .models.load import (
@@ -188,9 +188,11 @@ def _sampled(recipe: Recipe, stored: data.Offline, bank: WeightBank, accelerator
         nothing = empty.rows(len(keys)).to(device) if spec.sampler.guidance_scale != 1 else None
         if nothing is not None:  # the same sizes and crops as the sample's own
             nothing = dataclasses.replace(nothing, extra=cond.to(device).extra)
-        return spec.sampler(_context(recipe, bank, accelerator), spec.weights, cond.to(device), keys, shape, nothing).cpu()
+        ctx = _context(recipe, bank, accelerator)
+        return tuple(x.cpu() for x in spec.sampler(ctx, spec.weights, cond.to(device), keys, shape, nothing))
 
-    return Sampled(stored, spec, draw, _score(recipe, device) if isinstance(spec, Online) else None)
+    return Sampled(stored, spec, draw, _score(recipe, device) if isinstance(spec, Online) else None,
+                   paths=isinstance(recipe.likelihood, Transitions))
 
 
 def _score(recipe: Recipe, device) -> Callable:
@@ -246,8 +248,8 @@ def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accele
     """Every rank measures the whole held-out set, so all know the figure; the draws are keyed, so all get the same."""
     ctx = _context(recipe, bank, accelerator)
     batches = data.fixed_batches(cache, max(1, 2 * recipe.train.train_batch_size), seed=recipe.seed)
-    return heldout_preference(ctx, batches, against=_base_set(method, bank), weighting=recipe.likelihood.weighting,
-                              device=accelerator.device)
+    return heldout_preference(ctx, batches, against=_base_set(method, bank), device=accelerator.device,
+                              weighting=getattr(recipe.likelihood, "weighting", Simple()))
 
 
 def _base_set(method: Preference, bank: WeightBank) -> str | None:

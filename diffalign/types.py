@@ -58,6 +58,7 @@ class Batch(_Movable):
     pair, equal values for a tie. valid: [B, K] bool. key: [B, 2] int64 (row id, visit), the identity that seeds all noise.
     soft: [B] float32 or None, the probability that the best candidate is truly preferred (soft labels). place: [B] int64 or
     None, the group's number in the run (step * groups a step + its place in the step), the same however a step is cut up.
+    states: [B, K, levels, *S] float32 or None, the latents through which a sampled candidate came, noisiest first.
     """
 
     x0: Tensor
@@ -67,6 +68,7 @@ class Batch(_Movable):
     key: Tensor
     soft: Tensor | None = None
     place: Tensor | None = None
+    states: Tensor | None = None
 
     @property
     def groups(self) -> int:

@@ -55,21 +55,23 @@ class Online:
 SourceSpec = Stored | SemiPolicy | Online
 SOURCES = {"stored": Stored, "semi_policy": SemiPolicy, "online": Online}
 
-Draw = Callable[[Cond, Tensor, tuple[int, ...]], Tensor]
+Draw = Callable[[Cond, Tensor, tuple[int, ...]], tuple[Tensor, Tensor]]
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 class Sampled:
     """A source whose groups hold samples of the model.
 
-    draw(cond of N rows, keys [N, 3], shape) -> x0 [N, *shape] on the CPU, with the weights of that moment. As they, and the
-    keys, are in every checkpoint, it is exact at every step. score(x0 [N, *shape], prompts) -> [N]; NaN leaves one out.
+    draw(cond of N rows, keys [N, 3], shape) -> x0 [N, *shape] and the path [N, levels, *shape] on the CPU, with the weights
+    of that moment. As they, and the keys, are in every checkpoint, it is exact at every step. score(x0 [N, *shape], prompts)
+    -> [N]; NaN leaves one out. paths: keep every candidate's path in the batch.
     """
 
     pure = False  # a step's batches depend on the weights, so they are not read ahead
 
-    def __init__(self, stored: Offline, spec: SemiPolicy | Online, draw: Draw, score: Score | None = None):
-        self.stored, self.spec, self.draw, self.score = stored, spec, draw, score
+    def __init__(self, stored: Offline, spec: SemiPolicy | Online, draw: Draw, score: Score | None = None, *,
+                 paths: bool = False):
+        self.stored, self.spec, self.draw, self.score, self.paths = stored, spec, draw, score, paths
         self.identity, self.k, self.soft, self.groups = stored.identity, spec.k, False, stored.groups
         self.elements = stored.elements
 
@@ -89,7 +91,7 @@ class Sampled:
         has_winner = batch.valid.any(1) & ((batch.valid.sum(1) > 1) | (utility.amax(1) > 0))
         cond = replace(batch.cond, extra={name: x[group, winner][:, None].repeat(1, 2, *[1] * (x.dim() - 2))
                                           for name, x in batch.cond.extra.items()})
-        own = self._samples(batch, cond, 1)
+        own, _ = self._samples(batch, cond, 1)
         return replace(batch, x0=torch.cat([batch.x0[group, winner][:, None], own], dim=1), cond=cond, soft=None,
                        utility=torch.tensor([[1.0, 0.0]]).repeat(batch.groups, 1),
                        valid=has_winner[:, None].repeat(1, 2))
@@ -98,15 +100,17 @@ class Sampled:
         k = self.spec.k
         cond = replace(batch.cond, extra={name: x[:, :1].repeat(1, k, *[1] * (x.dim() - 2))
                                           for name, x in batch.cond.extra.items()})
-        x0 = self._samples(batch, cond, k)
+        x0, states = self._samples(batch, cond, k)
         texts = [prompt for prompt in prompts for _ in range(k)]
         utility = self.score(x0.flatten(0, 1), texts).float().view(batch.groups, k)
         valid = utility.isfinite() & batch.valid.any(1, keepdim=True)
-        return replace(batch, x0=x0, cond=cond, utility=utility.nan_to_num(0.0), valid=valid, soft=None)
+        return replace(batch, x0=x0, cond=cond, utility=utility.nan_to_num(0.0), valid=valid, soft=None,
+                       states=states if self.paths else None)
 
-    def _samples(self, batch: Batch, cond: Cond, k: int) -> Tensor:
-        """[B, k, *S]; a key is (row, visit, candidate)."""
+    def _samples(self, batch: Batch, cond: Cond, k: int) -> tuple[Tensor, Tensor]:
+        """x0 [B, k, *S] and paths [B, k, levels, *S]; a key is (row, visit, candidate)."""
         candidate = torch.arange(k).repeat(batch.groups)[:, None]
         keys = torch.cat([batch.key.repeat_interleave(k, dim=0), candidate], dim=1)
         some = replace(cond, extra={name: x[:, :k] for name, x in cond.extra.items()})
-        return self.draw(some.rows(k), keys, tuple(batch.x0.shape[2:])).view(batch.groups, k, *batch.x0.shape[2:])
+        x0, states = self.draw(some.rows(k), keys, tuple(batch.x0.shape[2:]))
+        return x0.view(batch.groups, k, *x0.shape[1:]), states.view(batch.groups, k, *states.shape[1:])

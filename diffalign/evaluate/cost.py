@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..likelihood import Transitions
 from ..methods import Preference
 
 BACKWARD = 2  # passes that a backward counts as: gradients of the activations and of the weights, a forward's work each
@@ -16,9 +17,14 @@ def passes_per_group(recipe, candidates: int) -> int:
     that the objective then leaves out (SFT's losers). The probe of a gated reference, some passes a step at most, is left out.
     """
     method, source = Preference.of(recipe.likelihood, recipe.objective, recipe.reference), recipe.source
-    forwards = 1 + BACKWARD + len({*method.reads} - {"policy"}) + recipe.likelihood.noise.forwards
+    estimator = recipe.likelihood
+    if isinstance(estimator, Transitions):
+        draws, inversion = estimator.steps, 0
+    else:
+        draws, inversion = estimator.draws, estimator.noise.forwards
+    forwards = 1 + BACKWARD + len({*method.reads} - {"policy"}) + inversion
     drawn = {"SemiPolicy": 1, "Online": source.k}.get(type(source).__name__, 0)
-    return (source.k or candidates) * recipe.likelihood.draws * forwards + (drawn * source.sampler.forwards if drawn else 0)
+    return (source.k or candidates) * draws * forwards + (drawn * source.sampler.forwards if drawn else 0)
 
 
 def groups_per_step(recipe) -> int:

@@ -1,9 +1,12 @@
 """Likelihood estimators and their weightings."""
 
 from .denoising import DenoisingELBO, implied_nats
+from .transitions import Transitions
 from .weighting import ELBO, HighNoise, MinSNR, Simple, Weighting
 
-ESTIMATORS = {"denoising": DenoisingELBO}
+Likelihood = DenoisingELBO | Transitions
+ESTIMATORS = {"denoising": DenoisingELBO, "transitions": Transitions}
 WEIGHTINGS = {"simple": Simple, "elbo": ELBO, "min_snr": MinSNR, "high_noise": HighNoise}
 
-__all__ = ["ELBO", "ESTIMATORS", "WEIGHTINGS", "DenoisingELBO", "HighNoise", "MinSNR", "Simple", "Weighting", "implied_nats"]
+__all__ = ["ELBO", "ESTIMATORS", "WEIGHTINGS", "DenoisingELBO", "HighNoise", "Likelihood", "MinSNR", "Simple", "Transitions",
+           "Weighting", "implied_nats"]

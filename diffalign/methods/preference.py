@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from ..likelihood import DenoisingELBO
+from ..likelihood import Likelihood, Transitions
 from ..objectives import Objective
 from ..types import Batch, Loss
 from .base import Context
@@ -22,13 +22,13 @@ class Preference:
     that training started from, which is the reference itself while that one does not move.
     """
 
-    estimator: DenoisingELBO
+    estimator: Likelihood
     objective: Objective
     references: Mapping[str, float] = field(default_factory=lambda: {REFERENCE: 1.0})
     origin: str = REFERENCE
 
     @classmethod
-    def of(cls, estimator: DenoisingELBO, objective: Objective, reference) -> Preference:
+    def of(cls, estimator: Likelihood, objective: Objective, reference) -> Preference:
         """reference: the rule that says which sets stand for it (``diffalign.models.references``)."""
         return cls(estimator, objective, reference.names, origin=ORIGIN if reference.moves else REFERENCE)
 
@@ -45,7 +45,10 @@ class Preference:
         return tuple(dict.fromkeys(("policy", *self.against, *filter(None, (self.anchor,)))))
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
-        est = self.estimator(batch, ctx, self.against, self.anchor)
+        est, groups = self.estimator(batch, ctx, self.against, self.anchor), batch.groups
+        if isinstance(self.estimator, Transitions):  # a group for every step of its path: their mean is the group's loss
+            est, batch = est
         loss = self.objective(est, batch, ctx.memory)
         rows = loss.per_group if est.importance is None else loss.per_group * est.importance
+        rows = rows.view(-1, groups).mean(0)
         return replace(loss, per_group=rows, metrics={**health(est, batch), **loss.metrics})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,7 +29,8 @@ class Pairwise:
 
     loser_scale: the loser's log-ratio counts so much (PSO's nu, arXiv 2410.03190; MaPPO). flip: SePPO's anchor criterion
     (arXiv 2410.05255), the loser's log-ratio times the sign of the winner's: while the policy denoises the winner worse than
-    the reference does, the loser is pulled in, not pushed away ("indicator": left out). on_policy: weight
+    the reference does, the loser is pulled in, not pushed away ("indicator": left out). clip: probability ratios are kept
+    inside [1 - clip, 1 + clip], where their gradient ends (D3PO's and PSO's 0.1, for step densities). on_policy: weight
     min(1, exp(on_policy * beta * (sum of both log-ratios))), the pair's importance under the policy, for pairs that the
     reference drew (after WPO, arXiv 2406.11827, whose token average has no counterpart here). dynamic: beta-DPO (arXiv
     2407.08639): beta * max(1e-3, 1 + dynamic * (last step's mean logit - its running mean)). None of these has a gradient.
@@ -42,6 +44,7 @@ class Pairwise:
     centre: bool = False
     loser_scale: float = 1.0
     flip: Literal["none", "sign", "indicator"] = "none"
+    clip: float | None = None
     on_policy: float = 0.0
     dynamic: float = 0.0
     min_k = 2
@@ -52,6 +55,8 @@ class Pairwise:
         for name in ("loser_scale", "on_policy", "dynamic"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.clip is not None and not 0 < self.clip < 1:
+            raise ValueError(f"clip must lie between 0 and 1, got {self.clip}")
         if self.reference_free and (self.flip != "none" or self.on_policy):
             raise ValueError(f"{'flip' if self.flip != 'none' else 'on_policy'} compares with a reference; set "
                              "reference_free to false")
@@ -70,7 +75,7 @@ class Pairwise:
         label = self.labels(batch, b, w, l)
         shift, beta = memory.read(CENTRE) if self.centre else 0.0, self._beta(memory)
         stretch = getattr(self.link, "stretch", 1.0)
-        own = est.log_ratio[b, w], est.log_ratio[b, l]
+        own = tuple(self._clipped(est.log_ratio[b, i]) for i in (w, l))
         winner, loser = ((ratio - shift) * label.scale for ratio in own)
         sign = self._sign(winner)
         loser = loser * self.loser_scale if sign is None else loser * sign
@@ -83,6 +88,9 @@ class Pairwise:
         loss = Loss.from_rows(rows, b, batch, logit=logit, saturated=(logit.abs() > 5).float(), gradient=torch.sigmoid(-logit),
                               **metrics)
         return replace(loss, observed=self._observed(*(ratio.detach() for ratio in own)))
+
+    def _clipped(self, ratio: Tensor) -> Tensor:
+        return ratio if self.clip is None else ratio.clamp(math.log1p(-self.clip), math.log1p(self.clip))
 
     def _beta(self, memory: Memory) -> float:
         if not self.dynamic:

@@ -30,6 +30,18 @@ def deterministic_step(ctx, x: Tensor, raw: Tensor, t: Tensor, to: Tensor) -> Te
     return move(ctx.process, ctx.param.to_x0(raw, here), ctx.param.to_eps(raw, here), to)
 
 
+def stochastic_step(ctx, x: Tensor, raw: Tensor, t: Tensor, to: Tensor, solver: str) -> tuple[Tensor, Tensor]:
+    """Mean [N, *S] and standard deviation [N] of the Gaussian transition from level t to the lower level ``to``.
+
+    mean = alpha' x0-hat + sqrt(sigma'^2 - std^2) eps-hat. lcm: std = sigma', the predicted image noised afresh. ancestral: the
+    DDPM posterior's, which is Euler-ancestral's sigma_up in VE coordinates (pso.md 2a). ddim: 0, the deterministic step.
+    """
+    here, sigma = at(ctx.process, x, t), ctx.process.coefficients(to)[1]
+    std = {"lcm": lambda: sigma, "ancestral": lambda: bridge_std(ctx.process, to, t), "ddim": lambda: 0 * sigma}[solver]()
+    alpha, rest = ctx.process.coefficients(to)[0], (sigma**2 - std**2).clamp(min=0).sqrt()
+    return like(alpha, x) * ctx.param.to_x0(raw, here) + like(rest, x) * ctx.param.to_eps(raw, here), std
+
+
 def bridge_std(process, low: Tensor, high: Tensor) -> Tensor:
     """[N] standard deviation of q(x_low | x_high, x0), the DDPM posterior: what eta = 1 adds in a step between the levels."""
     (a, s), (a1, s1) = process.coefficients(low), process.coefficients(high)

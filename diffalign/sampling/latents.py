@@ -12,22 +12,23 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..process import deterministic_step
-from ..process.solver import at, move
+from ..process.parameterization import like
+from ..process.solver import at, stochastic_step
 from ..types import Cond
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """ddim: a deterministic solver in ``steps`` equal steps from noise to image. lcm: the image is predicted and noised again
-    at each of ``timesteps`` (diffusers' numbers, 0 to 999, falling), as distilled models are sampled.
+    """ddim: deterministic, in ``steps`` equal steps from noise to image. lcm: the image is predicted and noised afresh at
+    every level (LCM, DMD2). ancestral: Euler-ancestral (SDXL-Turbo). timesteps: the levels, diffusers' numbers, 0 to 999, falling,
+    as distilled models want them; they take the place of ``steps``.
 
     guidance_scale: 1 has none, one pass a step; else two. Methods that learn from their own samples should leave it at 1, or
     they learn the guided distribution (seppo.md section 7.7).
     """
 
     steps: int = 20
-    solver: Literal["ddim", "lcm"] = "ddim"
+    solver: Literal["ddim", "lcm", "ancestral"] = "ddim"
     timesteps: tuple[int, ...] | None = None
     guidance_scale: float = 1.0
 
@@ -54,26 +55,31 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, ctx, name: str, cond: Cond, keys: Tensor, shape: tuple[int, ...],
-                 unconditional: Cond | None = None) -> Tensor:
+                 unconditional: Cond | None = None) -> tuple[Tensor, Tensor]:
         """ctx: ``predict``, ``process``, ``param``, ``seed``. name: weight set. cond, unconditional: N rows. keys: [N, J].
 
-        -> x0 [N, *shape] float32 on the condition's device, unit variance.
+        -> x0 [N, *shape] float32, unit variance, and the latents at every level, [N, levels, *shape]; on the condition's
+        device.
         """
-        device, times = cond.tokens.device, self.times()
-        x = rng.normal(ctx.seed, "sample", keys, shape).to(device)
-        levels = [ctx.process.snap(torch.full((len(keys),), t, dtype=torch.float64, device=device)) for t in times]
-        x = x * ctx.process.coefficients(levels[0])[1].view(-1, *[1] * len(shape))  # at the first level there is no image yet
-        for number, (t, after) in enumerate(zip(levels, [*levels[1:], None])):
+        device = cond.tokens.device
+        x, states = rng.normal(ctx.seed, "sample", keys, shape).to(device), []
+        levels = self.levels(ctx.process, device)
+        for number, level in enumerate(levels):
+            states.append(x)
+            t = level.expand(len(keys))
             raw = self._raw(ctx, name, x, t, cond, unconditional)
-            if after is None:
-                return ctx.param.to_x0(raw, at(ctx.process, x, t))
-            if self.solver == "ddim":
-                x = deterministic_step(ctx, x, raw, t, after)
-            else:
+            if number + 1 == len(levels):
+                return ctx.param.to_x0(raw, at(ctx.process, x, t)), torch.stack(states, dim=1)
+            x, std = stochastic_step(ctx, x, raw, t, levels[number + 1].expand(len(keys)), self.solver)
+            if self.solver != "ddim":
                 step = torch.full((len(keys), 1), number + 1, dtype=torch.int64)
                 noise = rng.normal(ctx.seed, "renoise", torch.cat([keys, step], dim=1), shape).to(device)
-                x = move(ctx.process, ctx.param.to_x0(raw, at(ctx.process, x, t)), noise, after)
-        raise AssertionError("a sampler has at least one step")
+                x = x + like(std, x) * noise
+        raise AssertionError("a sampler has at least one level")
+
+    def levels(self, process, device=None) -> Tensor:
+        """[levels] float32 on the process's own grid."""
+        return process.snap(torch.tensor(self.times(), dtype=torch.float64, device=device))
 
     def _raw(self, ctx, name: str, x: Tensor, t: Tensor, cond: Cond, unconditional: Cond | None) -> Tensor:
         raw = ctx.predict(name, x, t, cond).float()
