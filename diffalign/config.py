@@ -428,8 +428,8 @@ def _check_paths(recipe: Recipe) -> None:
     if not isinstance(estimator, likelihood.Transitions):
         return
     if not isinstance(source, Online):
-        raise ConfigError("likelihood.kind: 'transitions' reads the paths of samples, which source.kind=online draws; pictures "
-                          "of a data set have none, they need likelihood.kind=denoising")
+        raise ConfigError("likelihood.kind: 'transitions' reads the paths of samples, which source.kind=online draws; a data "
+                          "set's pictures have none, they need likelihood.kind=denoising")
     for name in ("solver", "timesteps"):
         if getattr(source.sampler, name) != getattr(estimator, name):
             raise ConfigError(f"source.sampler.{name}: {getattr(source.sampler, name)} is not likelihood.{name} "

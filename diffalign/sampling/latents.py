@@ -20,8 +20,8 @@ from ..types import Cond
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """ddim: deterministic, in ``steps`` equal steps from noise to image. lcm: the image is predicted and noised afresh at
-    every level (LCM, DMD2). ancestral: Euler-ancestral (SDXL-Turbo). timesteps: the levels, diffusers' numbers, 0 to 999, falling,
-    as distilled models want them; they take the place of ``steps``.
+    every level (LCM, DMD2). ancestral: Euler-ancestral (SDXL-Turbo). timesteps: the levels, diffusers' numbers, 0 to 999,
+    falling, as distilled models want them; they take the place of ``steps``.
 
     guidance_scale: 1 has none, one pass a step; else two. Methods that learn from their own samples should leave it at 1, or
     they learn the guided distribution (seppo.md section 7.7).

@@ -142,7 +142,8 @@ def test_equal_models_give_ln_2_and_the_gradient_is_minus_half_beta_b_z():
 def test_ties_and_wrong_paths():
     ctx, batch = sampled()
     level = Batch(**{f: getattr(batch, f) for f in ("x0", "cond", "key", "valid", "states")}, utility=torch.ones(3, 2))
-    assert Preference(Transitions(), Pairwise(beta=50)).loss(level, context(Linear(policy=1.0, reference=0.5))).per_group.sum() == 0
+    model = Linear(policy=1.0, reference=0.5)
+    assert Preference(Transitions(), Pairwise(beta=50)).loss(level, context(model)).per_group.sum() == 0
     with pytest.raises(ValueError, match="path"):
         Transitions(timesteps=(999, 499))(batch, ctx, None)
     with pytest.raises(ValueError, match="timesteps"):
