@@ -137,6 +137,17 @@ def _reads(recipe: Recipe, method: Preference) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*method.reads, *filter(None, (getattr(recipe.source, "weights", None),)))))
 
 
+def _check_distilled(recipe: Recipe) -> None:
+    """A model that was not distilled has learned nothing of drawing in four steps; training it there would only blur it."""
+    few = {"likelihood.times": getattr(getattr(recipe.likelihood, "times", None), "timesteps", None),
+           "likelihood.timesteps": getattr(recipe.likelihood, "timesteps", None),
+           "source.sampler.timesteps": getattr(recipe.source.sampler, "timesteps", None)}
+    name = next((name for name, timesteps in few.items() if timesteps), None)
+    if name is not None and not is_distilled(recipe.model):
+        raise ConfigError(f"{name}: a few-step schedule, but {recipe.model.pretrained_model_name_or_path} is not distilled, as "
+                          "far as its files tell; use one that is, name its LoRA in model.fuse_lora, or set model.distilled=true")
+
+
 def _bank(recipe: Recipe, method: Preference, accelerator, cache) -> WeightBank:
     """The denoiser with its weight sets. The frozen base of a LoRA is kept in the precision it is computed in."""
     forward = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.mixed_precision, torch.float32)

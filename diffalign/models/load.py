@@ -134,6 +134,18 @@ def model_identity(spec: ModelSpec) -> str:
     return _denoiser_identity(spec, folder, adapter)
 
 
+def is_distilled(spec: ModelSpec) -> bool:
+    """Whether the base draws in a few steps, as far as its files tell: a fused LoRA, a scheduler of few-step models or one
+    that ends on the noisiest step (SDXL-Turbo, Lightning), or a UNet that is told the guidance (LCM). Raises ModelError."""
+    if spec.distilled is not None:
+        return spec.distilled
+    folder, adapter = inspect(spec)
+    scheduler = folder.components.get("scheduler", (None, None))[1]
+    return bool(spec.fuse_lora or scheduler in ("LCMScheduler", "TCDScheduler")
+                or folder.config("scheduler").get("timestep_spacing") == "trailing"
+                or folder.config(adapter.component).get("time_cond_proj_dim"))
+
+
 def save_pipeline(spec: ModelSpec, denoiser: Denoiser, folder: Path | str) -> Path:
     """A whole pipeline folder with the (fully fine-tuned) denoiser in place, float32. Written aside, then renamed.
 

@@ -37,6 +37,7 @@ class ModelSpec:
     lora: null trains all weights of the denoiser (the reference is then a frozen copy). revision: pin a hub id to a commit.
     fuse_lora: a LoRA of the denoiser (safetensors file, or folder with pytorch_lora_weights.safetensors) that belongs to the
     base, such as a few-step one: fused at load, before anything is trained, sampled or compared.
+    distilled: whether the base was distilled to a few timesteps; null finds out from its files (``load.is_distilled``).
     """
 
     pretrained_model_name_or_path: str
@@ -45,6 +46,7 @@ class ModelSpec:
     pretrained_vae_model_name_or_path: str | None = None
     lora: LoRA | None = LoRA()
     fuse_lora: str | None = None
+    distilled: bool | None = None
 
     def __post_init__(self):
         if not self.pretrained_model_name_or_path.strip():
