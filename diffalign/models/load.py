@@ -121,7 +121,7 @@ def load_denoiser(spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device
                          f"{sorted(info['missing_keys'])[0]}; the files do not belong to its config.json")
     if spec.fuse_lora:  # in float32, so that the sum is rounded once
         fuse(adapter, module, lora_file(spec.fuse_lora))
-        module.to(dtype)
+        torch.nn.Module.to(module, dtype)  # diffusers' own warns of layers to keep in float32, of which no family here has any
     with _loading(folder.name):  # diffusers builds the noise schedule from whatever its file says
         return adapter.assemble(module.to(device).eval(), folder.config("scheduler"),
                                 _denoiser_identity(spec, folder, adapter))
