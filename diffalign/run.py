@@ -33,6 +33,7 @@ from .models.base import Denoiser, enable_gradient_checkpointing
 from .models.load import (
     encoder_facts,
     inspect,
+    is_distilled,
     load_denoiser,
     load_encoders,
     load_pipeline,
@@ -139,13 +140,13 @@ def _reads(recipe: Recipe, method: Preference) -> tuple[str, ...]:
 
 def _check_distilled(recipe: Recipe) -> None:
     """A model that was not distilled has learned nothing of drawing in four steps; training it there would only blur it."""
-    few = {"likelihood.times": getattr(getattr(recipe.likelihood, "times", None), "timesteps", None),
-           "likelihood.timesteps": getattr(recipe.likelihood, "timesteps", None),
-           "source.sampler.timesteps": getattr(recipe.source.sampler, "timesteps", None)}
-    name = next((name for name, timesteps in few.items() if timesteps), None)
+    places = (("likelihood.times", getattr(recipe.likelihood, "times", None)), ("likelihood", recipe.likelihood),
+              ("source.sampler", recipe.source.sampler))
+    name = next((name for name, part in places if getattr(part, "timesteps", None)), None)
     if name is not None and not is_distilled(recipe.model):
-        raise ConfigError(f"{name}: a few-step schedule, but {recipe.model.pretrained_model_name_or_path} is not distilled, as "
-                          "far as its files tell; use one that is, name its LoRA in model.fuse_lora, or set model.distilled=true")
+        raise ConfigError(f"{name}.timesteps: a few-step schedule, but as far as its files tell "
+                          f"{recipe.model.pretrained_model_name_or_path} was not distilled; use a model that was, name its "
+                          "LoRA in model.fuse_lora, or set model.distilled=true")
 
 
 def _bank(recipe: Recipe, method: Preference, accelerator, cache) -> WeightBank:

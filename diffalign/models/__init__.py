@@ -2,8 +2,8 @@
 
 from .spec import LoRA, ModelSpec
 
-_LOAD = ("FAMILIES", "encoder_facts", "inspect", "is_distilled", "load_denoiser", "load_encoders", "load_pipeline", "model_identity",
-         "save_pipeline")
+_LOAD = ("FAMILIES", "encoder_facts", "inspect", "load_denoiser", "load_encoders", "load_pipeline", "is_distilled",
+         "model_identity", "save_pipeline")
 _LORA = ("attach", "lora_state", "save_lora")
 _BASE = ("Adapter", "Denoiser", "enable_gradient_checkpointing", "unwrap")
 
