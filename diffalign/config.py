@@ -25,7 +25,7 @@ from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
 from .data.spec import DataSpec
 from .errors import ConfigError
 from .evaluate.spec import EvaluateSpec
-from .models.references import REFERENCES, Frozen, Reference
+from .models.references import REFERENCES, Frozen, Past, Reference
 from .models.spec import ModelSpec
 from .train.spec import TrainSpec
 
@@ -420,6 +420,9 @@ UNSCORED = ("pickapic", "chosen_rejected", "unpaired")  # layouts that say who i
 def _cross_check(recipe: Recipe) -> None:
     check_layout(recipe, recipe.data.layout)
     _check_paths(recipe)
+    if isinstance(recipe.reference, Past) and recipe.model.lora is None:
+        raise ConfigError(f"reference.kind: 'past' keeps {recipe.reference.keep} checkpoints in memory, which only a LoRA makes "
+                          "small; set model.lora, or use reference.kind=moving")
 
 
 def _check_paths(recipe: Recipe) -> None:

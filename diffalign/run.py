@@ -67,8 +67,7 @@ def train(recipe: Recipe, printer: Printer = _silent) -> dict:
     """
     started, output_dir = time.monotonic(), Path(recipe.output_dir)
     base = model_identity(recipe.model)  # a wrong model is refused before anything is written
-    check_layout(recipe, data.detect_layout(recipe.data))
-    _check_evaluate(recipe)
+    _check_before(recipe)
     check_writable(output_dir)
     accelerator = make_accelerator(recipe.train, output_dir)
     say = printer if accelerator.is_main_process else _silent
@@ -136,6 +135,15 @@ def _method(recipe: Recipe) -> Preference:
 def _reads(recipe: Recipe, method: Preference) -> tuple[str, ...]:
     """The weight sets of the method and of the source that draws its candidates."""
     return tuple(dict.fromkeys((*method.reads, *filter(None, (getattr(recipe.source, "weights", None),)))))
+
+
+def _check_before(recipe: Recipe) -> None:
+    """What can be refused from the recipe and the headers of its files, before anything is decoded or loaded."""
+    check_layout(recipe, data.detect_layout(recipe.data))
+    _check_distilled(recipe)
+    _check_evaluate(recipe)
+    if isinstance(recipe.source, Online):
+        load_reward(recipe.source.reward)
 
 
 def _check_distilled(recipe: Recipe) -> None:
@@ -327,7 +335,7 @@ def _cache_dir(recipe: Recipe) -> Path:
 def check(recipe: Recipe, printer: Printer = _silent) -> dict:
     """Counts, ties, duplicates, leakage, sizes and derived numbers; draws sample pairs. Loads no weights."""
     facts, output_dir = encoder_facts(recipe.model), Path(recipe.output_dir)
-    _check_evaluate(recipe)
+    _check_before(recipe)
     check_writable(output_dir)
     resolution = recipe.data.resolution or facts.default_resolution
     found = look_at(recipe.data, resolution=resolution, spatial_factor=facts.spatial_factor, seed=recipe.seed,

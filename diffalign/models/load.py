@@ -135,14 +135,15 @@ def model_identity(spec: ModelSpec) -> str:
 
 
 def is_distilled(spec: ModelSpec) -> bool:
-    """Whether the base draws in a few steps, as far as its files tell: a fused LoRA, a scheduler of few-step models or one
-    that ends on the noisiest step (SDXL-Turbo, Lightning), or a UNet that is told the guidance (LCM). Raises ModelError."""
+    """Whether the base draws in a few steps, as far as its files tell: a fused LoRA, a few-step scheduler, SDXL-Turbo's
+    (ancestral, ending on the noisiest step), or a UNet that is told the guidance (LCM). Raises ModelError."""
     if spec.distilled is not None:
         return spec.distilled
     folder, adapter = inspect(spec)
     scheduler = folder.components.get("scheduler", (None, None))[1]
+    trailing = folder.config("scheduler").get("timestep_spacing") == "trailing"
     return bool(spec.fuse_lora or scheduler in ("LCMScheduler", "TCDScheduler")
-                or folder.config("scheduler").get("timestep_spacing") == "trailing"
+                or (scheduler == "EulerAncestralDiscreteScheduler" and trailing)
                 or folder.config(adapter.component).get("time_cond_proj_dim"))
 
 

@@ -185,3 +185,62 @@ def test_few_step_options(recipe, tmp_path, capsys, monkeypatch, command, overri
     recipe.tree["evaluate"] = {"prompts": str(tmp_path / "prompts.txt")}
     refused(capsys, recipe(override.replace("PROMPTS", str(tmp_path / "prompts.txt")), command=command), *words)
     assert not list((tmp_path / "run").glob("*"))
+
+
+TURBO = "[999, 749, 499, 249]"
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (["likelihood={times: {kind: discrete, timesteps: [249, 999]}}"],
+     ["likelihood.times.timesteps", "was not distilled", "fuse_lora"]),
+    ([f"source={{kind: semi_policy, sampler: {{timesteps: {TURBO}}}}}"], ["source.sampler.timesteps", "was not distilled"]),
+    ([f"likelihood={{kind: transitions, timesteps: {TURBO}}}"], ["likelihood.kind", "source.kind=online"]),
+    ([f"likelihood={{kind: transitions, timesteps: {TURBO}}}", "source={kind: online, reward: scenes}"],
+     ["source.sampler.solver", "ddim"]),
+    (["source={kind: online, reward: scens}"], ["scens", "scenes"]),
+    (["source={kind: online, reward: scenes, k: 1}"], ["source.k", "at least 2"]),
+    (["objective.labels=dcg"], ["data.layout", "scores"]),
+    (["objective={kind: dpo, beta: 1, labels: soft_margin}", "source.kind=semi_policy"], ["data.layout", "scores"]),
+    (["objective={kind: set_contrast, beta: 1}"], ["data.layout", "scores"]),
+    (["objective={kind: dpo, beta: 1, reference_free: true, flip: sign}"], ["objective.flip", "reference"]),
+    (["objective.clip=2"], ["objective.clip"]),
+    (["reference={kind: moving, every: 0}"], ["reference.every"]),
+    (["reference.kind=past", "model.lora=null"], ["reference", "model.lora"]),
+    (["likelihood.sequence={kind: stratified, strata: 1}"], ["likelihood.sequence.strata"]),
+    (["likelihood.noise={kind: inverted, eta: 2}"], ["likelihood.noise.eta"]),
+    (["likelihood.noise.kind=invertd"], ["likelihood.noise", "inverted"]),
+])
+def test_methods_that_do_not_fit(recipe, tmp_path, capsys, monkeypatch, overrides, words):
+    """Said before a model is loaded or a file is written, by both commands that read a whole recipe."""
+    from diffusers import ModelMixin
+
+    monkeypatch.setattr(ModelMixin, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded a model"))
+    for command in ("train", "check"):
+        refused(capsys, recipe(*overrides, command=command), *words)
+        assert not list((tmp_path / "run").glob("*"))
+
+
+def test_one_picture_a_group_where_pairs_are_needed(recipe, tmp_path, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rows = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    table = pa.table({"image": [row["jpg_0"] for row in rows], "label": [1] * len(rows), "prompt": ["a ring"] * len(rows)})
+    pq.write_table(table, tmp_path / "single.parquet")
+    line = refused(capsys, recipe(f"data.path={tmp_path}/single.parquet"), "data.layout", "one picture a group")
+    assert "kto" in line  # what can be done with them
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_rankings_with_ties_train_and_a_wrong_length_is_named(recipe, tmp_path, capsys):
+    """Ties inside a ranking are data, not a fault: their own pair weighs nothing."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rows = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    images = [[row["jpg_0"], row["jpg_1"], row["jpg_0"]] for row in rows]
+    ranked = {"prompt": ["a ring"] * len(rows), "images": images}
+    pq.write_table(pa.table({**ranked, "scores": [[1.0, 0.5, 1.0]] * len(rows)}), tmp_path / "ties.parquet")
+    assert recipe(f"data.path={tmp_path}/ties.parquet", "objective={kind: dpo, beta: 1, pairs: all, labels: dcg}") == 0
+    capsys.readouterr()
+    pq.write_table(pa.table({**ranked, "scores": [[1.0, 0.5]] * len(rows)}), tmp_path / "short.parquet")
+    code = recipe(f"data.path={tmp_path}/short.parquet", f"output_dir={tmp_path}/short")
+    refused(capsys, code, "short.parquet", "row 0", "scores")
