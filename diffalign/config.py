@@ -421,8 +421,8 @@ def _cross_check(recipe: Recipe) -> None:
     check_layout(recipe, recipe.data.layout)
     _check_paths(recipe)
     if isinstance(recipe.reference, Past) and recipe.model.lora is None:
-        raise ConfigError(f"reference.kind: 'past' keeps {recipe.reference.keep} checkpoints in memory, which only a LoRA makes "
-                          "small; set model.lora, or use reference.kind=moving")
+        raise ConfigError(f"reference.kind: 'past' keeps {recipe.reference.keep} checkpoints in memory, which only a LoRA "
+                          "makes small; set model.lora, or use reference.kind=moving")
 
 
 def _check_paths(recipe: Recipe) -> None:
