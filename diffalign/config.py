@@ -25,7 +25,7 @@ from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
 from .data.spec import DataSpec
 from .errors import ConfigError
 from .evaluate.spec import EvaluateSpec
-from .models.references import REFERENCES, Frozen, Reference
+from .models.references import REFERENCES, Frozen, Past, Reference
 from .models.spec import ModelSpec
 from .train.spec import TrainSpec
 
@@ -418,6 +418,17 @@ UNSCORED = ("pickapic", "chosen_rejected", "unpaired")  # layouts that say who i
 
 def _cross_check(recipe: Recipe) -> None:
     check_layout(recipe, recipe.data.layout)
+    objective, title, reference = recipe.objective, objectives.title_of(recipe.objective), recipe.reference
+    if not objectives.reads_weighting(objective) and not isinstance(recipe.likelihood.weighting, likelihood.Simple):
+        raise ConfigError(f"likelihood.weighting: {title} reads plain errors, which no weighting enters; leave it at simple")
+    if reference.moves and objective.reference_free and getattr(recipe.source, "weights", None) != "reference":
+        raise ConfigError(f"reference.kind: {title} compares with no reference, so none can move; leave it at frozen")
+    if isinstance(reference, Past) and recipe.model.lora is None:
+        raise ConfigError(f"reference.kind: past keeps {reference.keep} checkpoints in memory, which only a LoRA makes small; "
+                          "set model.lora, or use reference.kind=moving")
+    if isinstance(recipe.source, Online) and recipe.data.caption_dropout:
+        raise ConfigError("data.caption_dropout: a sample drawn without its prompt would be scored against it; set it to 0 "
+                          "with source.kind=online")
 
 
 def check_layout(recipe: Recipe, layout: str) -> None:
