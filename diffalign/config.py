@@ -420,9 +420,18 @@ UNSCORED = ("pickapic", "chosen_rejected", "unpaired")  # layouts that say who i
 def _cross_check(recipe: Recipe) -> None:
     check_layout(recipe, recipe.data.layout)
     _check_paths(recipe)
-    if isinstance(recipe.reference, Past) and recipe.model.lora is None:
-        raise ConfigError(f"reference.kind: 'past' keeps {recipe.reference.keep} checkpoints in memory, which only a LoRA "
-                          "makes small; set model.lora, or use reference.kind=moving")
+    objective, title, reference = recipe.objective, objectives.title_of(recipe.objective), recipe.reference
+    weighting = getattr(recipe.likelihood, "weighting", likelihood.Simple())
+    if not objectives.reads_weighting(objective) and not isinstance(weighting, likelihood.Simple):
+        raise ConfigError(f"likelihood.weighting: {title} reads plain errors, which no weighting enters; leave it at simple")
+    if reference.moves and objective.reference_free and getattr(recipe.source, "weights", None) != "reference":
+        raise ConfigError(f"reference.kind: {title} compares with no reference, so none can move; leave it at frozen")
+    if isinstance(reference, Past) and recipe.model.lora is None:
+        raise ConfigError(f"reference.kind: past keeps {reference.keep} checkpoints in memory, which only a LoRA makes small; "
+                          "set model.lora, or use reference.kind=moving")
+    if isinstance(recipe.source, Online) and recipe.data.caption_dropout:
+        raise ConfigError("data.caption_dropout: a sample drawn without its prompt would be scored against it; set it to 0 "
+                          "with source.kind=online")
 
 
 def _check_paths(recipe: Recipe) -> None:

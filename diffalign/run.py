@@ -43,6 +43,7 @@ from .models.load import (
 from .models.lora import load as load_lora
 from .models.weights import WeightBank
 from .objectives import title_of
+from .objectives.sft import winners
 from .rewards import load_reward
 from .sampling.scheduler import make_scheduler
 from .train import fit, make_accelerator, world_of
@@ -178,7 +179,10 @@ PROBE = 64  # winners
 def _divergence(recipe: Recipe, cache, accelerator) -> Callable[[WeightBank, str], float]:
     """For gated references: every process measures the same winners; their mean is one number for all."""
     size = max(1, 2 * recipe.train.train_batch_size)
-    probe = Probe(data.fixed_batches(cache, size, seed=recipe.seed)[:-(-PROBE // size)])
+    batches = data.fixed_batches(cache, size, seed=recipe.seed)[:-(-PROBE // size)]
+    if not any(len(winners(batch)[0]) for batch in batches):
+        raise ConfigError(f"reference.gate: the first {PROBE} groups hold no winner to measure divergence on; set it to null")
+    probe = Probe(batches)
     world = world_of(accelerator)
 
     def measure(bank: WeightBank, name: str) -> float:
@@ -260,7 +264,8 @@ def _metadata(recipe: Recipe) -> dict[str, str]:
 
 def _validation(recipe: Recipe, method: Preference, cache, accelerator) -> Callable:
     def measure(bank, step: int) -> dict[str, float]:
-        return _measure(recipe, method, bank, cache, accelerator).figures()
+        found = _measure(recipe, method, bank, cache, accelerator)
+        return {} if found is None else found.figures()  # single pictures make no pair
     return measure
 
 
@@ -273,10 +278,12 @@ def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accele
 
 
 def _base_set(method: Preference, bank: WeightBank) -> str | None:
-    """What "before" is: the base, where it is in memory under the origin's name, else the reference, else nothing."""
+    """What "before" is: the base, as origin or as a reference that stays; None where it is not in memory."""
     if method.objective.reference_free:
         return None
-    return "origin" if "origin" in bank.names else "reference"
+    if "origin" in bank.names:
+        return "origin"
+    return "reference" if "reference" in bank.names and not bank.rule.moves else None
 
 
 def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator) -> dict | None:
@@ -287,7 +294,7 @@ def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accele
 
 
 def _likelihood_before(recipe: Recipe, bank: WeightBank, cache, accelerator):
-    """A reference-free run has no reference to measure: read the base again, once, after training."""
+    """Where training kept no base to measure: read it again, once, after training."""
     del bank
     base = WeightBank.build(load_denoiser(recipe.model, device=accelerator.device), recipe.model.lora, reads=("policy",),
                             seed=recipe.seed)
@@ -377,9 +384,11 @@ def _betas(recipe: Recipe, elements: int) -> list[str]:
     beta = getattr(recipe.objective, "beta", None)
     if beta is None or recipe.objective.reference_free:
         return []
-    other = implied_nats(beta, elements)
-    return [f"beta {beta:g} (mean error, factor 1/2) = kappa {other['kappa']:g} on mean errors = {other['beta_eq14']:.4g} on "
-            f"summed errors (the paper's Eq. 14; {elements} latent elements)"]
+    unit = getattr(recipe.objective, "beta_unit", 1.0)
+    other = implied_nats(unit * beta, elements)
+    factor = {1.0: "1/2"}.get(unit, f"{unit / 2:g}")
+    return [f"beta {beta:g} (mean error, factor {factor}) = kappa {other['kappa']:g} on mean errors = "
+            f"{other['beta_eq14']:.4g} on summed errors (the paper's Eq. 14; {elements} latent elements)"]
 
 
 # --- evaluate, grid -------------------------------------------------------------------------------------------------

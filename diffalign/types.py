@@ -152,6 +152,10 @@ class Memory:
     def read(self, name: str, default: float = 0.0) -> float:
         return self.values.get(name, default)
 
+    def forget(self) -> None:
+        """Every mean is void: what was measured against is no longer there."""
+        self.values.clear()
+
     def update(self, observed: dict[str, tuple[float, float]]) -> None:
         """observed: name -> (global sum, global count)."""
         for name, (total, count) in observed.items():

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..objectives.sft import winners
 from ..sampling.latents import Sampler
 from ..types import Batch, Cond
 from .offline import Offline
@@ -86,9 +87,9 @@ class Sampled:
 
     def _beside_winner(self, batch: Batch) -> Batch:
         group = torch.arange(batch.groups)
-        utility = batch.utility.masked_fill(~batch.valid, -torch.inf)
-        winner = utility.argmax(1)
-        has_winner = batch.valid.any(1) & ((batch.valid.sum(1) > 1) | (utility.amax(1) > 0))
+        winner, has_winner = torch.zeros_like(group), torch.zeros_like(group, dtype=torch.bool)
+        where, best = winners(batch)  # the first of a tie has won nothing
+        winner[where], has_winner[where] = best, True
         cond = replace(batch.cond, extra={name: x[group, winner][:, None].repeat(1, 2, *[1] * (x.dim() - 2))
                                           for name, x in batch.cond.extra.items()})
         own, _ = self._samples(batch, cond, 1)

@@ -164,7 +164,7 @@ def before_and_after(after: HeldoutPreference, before: HeldoutPreference | None 
         chosen, start, kind = after.accuracy, 0.5, "implicit reward (log-ratio of policy and reference)"
         likelihood_before = after.reference_likelihood_accuracy
     else:
-        chosen, kind = after.likelihood_accuracy, "likelihood of the policy (there is no reference)"
+        chosen, kind = after.likelihood_accuracy, "likelihood of the policy (there is no fixed reference)"
         likelihood_before = None if before is None else before.likelihood_accuracy
         start = None if likelihood_before is None else likelihood_before.value
     return {"before": start, "after": chosen.value, "after_low": chosen.low, "after_high": chosen.high, "of": kind,

@@ -19,7 +19,7 @@ class DenoisingELBO:
     With the 'elbo' weighting (normalise=False, max=None) and times uniform in (0, 1), independent of ``draws``, the difference
     of two estimates is an unbiased estimate of the difference of two likelihood bounds divided by the number of elements
     (notation.md section 4). The density of other times is an implicit weight on top, unless they are ``corrected``: with one
-    draw the correction multiplies the loss, so that E[link] is that of uniform times; with several it goes into their mean.
+    draw the correction multiplies the loss, so that E[link] is that of uniform times; with several it goes into their means.
     ``draws`` times and noises are averaged inside the estimate, hence inside the link. ``sequence``: how the times of a run
     lie to each other. References see the very same noise and go first, without gradients.
     """
@@ -49,18 +49,22 @@ class DenoisingELBO:
         error = self._error(noised, raw, batch, ctx)
         weight = self._fold(self.weighting(noised, ctx.param, ctx.process), batch)
         importance = self._importance(noised, batch)
+        factor = 1.0
         if importance is not None and self.draws > 1:
-            weight, importance = weight * importance, None
+            factor, importance = importance, None
+
+        def mean(rows: Tensor) -> Tensor:
+            return (rows * factor).mean(0)
 
         def surrogate(error: Tensor) -> Tensor:
-            return (-0.5 * weight * error).mean(0)
+            return mean(-0.5 * weight * error)
 
         reference_error = sum(share * errors[name] for name, share in against.items()) if against else None
         distance = None if anchor is None else self._mean_square(raw - raws[anchor], batch)
         return Estimate(
-            policy=surrogate(error), error=error.mean(0), t=self._fold(noised.t, batch).mean(0),
+            policy=surrogate(error), error=mean(error), t=self._fold(noised.t, batch).mean(0),
             reference=None if reference_error is None else surrogate(reference_error),
-            reference_error=None if reference_error is None else reference_error.mean(0),
+            reference_error=None if reference_error is None else mean(reference_error),
             anchor=None if distance is None else -surrogate(distance),
             importance=None if importance is None else importance[0, :, 0])
 

@@ -34,13 +34,17 @@ class Probe:
         return float(torch.cat(changes).double().mean())
 
     def _changes(self, ctx: Context, name: str, base: str, batch: Batch):
-        keys = draw_keys(batch.key, self.draws)
-        t = (keys[:, -1].double() + rng.uniform(ctx.seed, "time", keys)) / self.draws
-        noised, cond = Shared().draw(batch, ctx, keys, t), batch.cond.rows(batch.k, self.draws)
+        """One draw after another: the model sees B*K rows at once."""
+        (b, w), cond = winners(batch), batch.cond.rows(batch.k)
 
-        def error(weights: str):
-            raw = ctx.predict(weights, noised.xt, noised.t, cond).float()
-            return (ctx.param.target(noised) - raw).square().flatten(1).mean(1).view(self.draws, batch.groups, batch.k)
+        def change(keys):
+            t = (keys[:, -1].double() + rng.uniform(ctx.seed, "time", keys)) / self.draws
+            noised = Shared().draw(batch, ctx, keys, t)
 
-        b, w = winners(batch)
-        return (error(name) - error(base))[:, b, w].flatten()
+            def error(weights: str):
+                raw = ctx.predict(weights, noised.xt, noised.t, cond).float()
+                return (ctx.param.target(noised) - raw).square().flatten(1).mean(1).view(batch.groups, batch.k)
+
+            return (error(name) - error(base))[b, w]
+
+        return torch.cat([change(keys) for keys in draw_keys(batch.key, self.draws).split(batch.groups)])

@@ -33,7 +33,8 @@ class Moving:
     none. judge: whose divergence is tested, the policy's that is about to be copied (the reference then never crosses the
     gate) or the current reference's (the paper's words; it may cross once). thaw: a gate that closed may open again.
     origin_share: share of the base in a reference of two models, their geometric mean (multi-reference).
-    At a copy every margin becomes 0 and the loss ln 2: that is no fault.
+    At a copy every margin becomes 0 and the loss ln 2: that is no fault. What is mixed are the trained tensors: with a LoRA
+    its two factors each, which for 0 < mix < 1 is not quite the mean of the weights they stand for.
     """
 
     every: int = 32
@@ -51,6 +52,8 @@ class Moving:
             raise ValueError(f"mix must be above 0 and at most 1, got {self.mix}")
         if not 0 <= self.origin_share < 1:
             raise ValueError(f"origin_share must be at least 0 and below 1, got {self.origin_share}")
+        if self.gate is None and (self.thaw or self.judge != "candidate"):
+            raise ValueError(f"{'thaw' if self.thaw else 'judge'} is about a gate, and there is none; set gate")
 
     @property
     def needs_origin(self) -> bool:

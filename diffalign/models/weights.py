@@ -33,7 +33,9 @@ class WeightBank:
 
     identity: what the reference is: "adapter_off:<hash>", "frozen:<hash>" (first 12 digits of the base's), the same with
     the rule's name in front, or "none". names: the sets that ``predict`` knows. divergence: asked by a gated rule, how much
-    worse (mean error) a set denoises a fixed set of winners than the origin; the same number on all ranks.
+    worse (mean error) a set denoises a fixed set of winners than the origin; the same number on all ranks. renewed: whether
+    the last ``advance`` put other weights in the reference's place, or mixed in half of them or more: running means of
+    log-ratios against the old one are then void.
     """
 
     denoiser: Denoiser
@@ -41,6 +43,7 @@ class WeightBank:
     names: tuple[str, ...]
     rule: Reference = Frozen()
     divergence: Callable[[WeightBank, str], float] | None = None
+    renewed: bool = False
     _seed: int = 0
     _bare: nn.Module                    # the model itself, whatever accelerate wraps around denoiser.module
     _frozen: nn.Module | None           # full fine-tunes
@@ -115,6 +118,7 @@ class WeightBank:
 
     def advance(self, step: int) -> dict[str, float]:
         """After the optimizer's step ``step`` (from 0): where moving sets move. Returns figures for the log."""
+        self.renewed = False
         if not self._moved or (step + 1) % self.rule.every:
             return {}
         return self._move() if isinstance(self.rule, Moving) else self._keep(step + 1)
@@ -174,12 +178,14 @@ class WeightBank:
             own = self._on(next(iter(self._trainable.values())).device)
             for name, parameter in self._trainable.items():
                 own[name].copy_(parameter) if rule.mix == 1 else own[name].lerp_(parameter, rule.mix)
+        self.renewed = not closed and rule.mix >= 0.5
         return {**figures, "reference_copied": float(not closed)}
 
     def _keep(self, step: int) -> dict[str, float]:
         """A new checkpoint joins, and lots are drawn for the next stage."""
-        rule, kept = self.rule, int(self._mark[0])
-        if kept == rule.keep:  # full: the oldest but the base makes room
+        rule, (kept, old) = self.rule, self._mark.tolist()
+        full = kept == rule.keep
+        if full:  # full: the oldest but the base makes room
             self._moved.append(self._moved.pop(1))
             kept -= 1
         with torch.no_grad():
@@ -190,6 +196,7 @@ class WeightBank:
         if choice is None:
             choice = int(rng.generator(self._seed, "past", step).integers(kept))
         self._mark[0], self._mark[1] = kept, choice
+        self.renewed = choice != (old - 1 if full and old else old) or (full and old == 1)
         return {"reference_picked": float(choice), "reference_kept": float(kept)}
 
     def _frozen_on(self, device: torch.device) -> nn.Module:

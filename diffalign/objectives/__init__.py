@@ -1,6 +1,6 @@
 """Objectives, links, pair rules and labels. Imports torch and the types, nothing else of the package."""
 
-from .base import Objective, needs_scores, title_of
+from .base import Objective, needs_scores, reads_weighting, title_of
 from .kto import KTO
 from .labels import DCG, GapWeight, Hard, Label, Labels, Offset, SoftMargin, SoftTarget
 from .links import (
@@ -39,4 +39,4 @@ __all__ = ["BCO", "DCG", "EXO", "KTO", "LABELS", "LINKS", "NCA", "OBJECTIVES", "
            "Labels",
            "Link", "Logistic", "MaPO", "MaPOAAAI", "Objective", "Offset", "Pairs", "Pairwise", "PlackettLuce", "Robust",
            "Regularized", "SetContrast", "SoftMargin", "SoftTarget", "Squared",
-           "needs_scores", "title_of"]
+           "needs_scores", "reads_weighting", "title_of"]

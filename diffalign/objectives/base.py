@@ -1,6 +1,7 @@
 """What an objective is: how likely each candidate is, bent into a loss. Imports nothing but torch and the types.
 
-``title_of`` and ``needs_scores`` are the one place that reads those two attributes: a third party's part may lack them.
+``title_of``, ``needs_scores`` and ``reads_weighting`` are the one place that reads those attributes: a third party's part may
+lack them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ class Objective(Protocol):
 
     reference_free: True when no reference is read; the reference pass is then never run. min_k: smallest group it accepts.
     needs_scores: True when the size of the utilities matters, not their order alone; False where absent. title: its name in
-    reports; its class's where absent.
+    reports; its class's where absent. Optional as well: reads_weighting, False when plain errors are all that is read, which
+    ``likelihood.weighting`` does not enter; beta_unit, how many of DPO's beta one of this objective's is, 1 where absent.
     """
 
     reference_free: bool
@@ -34,3 +36,8 @@ def title_of(part: object) -> str:
 def needs_scores(part: object) -> bool:
     """Whether an objective or its labels read the size of the utilities."""
     return bool(getattr(part, "needs_scores", False))
+
+
+def reads_weighting(part: object) -> bool:
+    """Whether the estimator's weighting reaches the loss."""
+    return bool(getattr(part, "reads_weighting", True))

@@ -46,6 +46,7 @@ class KTO:
     min_k = 1
     title = "Diffusion-KTO"
     needs_scores = False
+    beta_unit = 2.0
 
     def __post_init__(self):
         if not self.beta > 0:

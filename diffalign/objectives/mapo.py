@@ -45,6 +45,7 @@ class MaPO:
     reference_free = True
     min_k = 2
     needs_scores = False
+    reads_weighting = False
 
     def __post_init__(self):
         if not self.beta >= 0:
@@ -76,6 +77,7 @@ class MaPOAAAI:
     reference_free = True
     min_k = 2
     needs_scores = False
+    reads_weighting = False
 
     def __post_init__(self):
         if not self.beta > 0:

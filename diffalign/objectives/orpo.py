@@ -33,6 +33,7 @@ class ORPO:
     min_k = 2
     title = "Diffusion-ORPO"
     needs_scores = False
+    reads_weighting = False
 
     def __post_init__(self):
         if self.weight < 0:

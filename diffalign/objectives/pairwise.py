@@ -25,7 +25,7 @@ class Pairwise:
     With the logistic link this is Diffusion-DPO (arXiv 2311.12908, Eq. 14). beta is the reference code's: mean-reduced error
     and the factor 1/2 inside the estimate, so kappa = beta/2 (diffusion_dpo.md section 2; published 2000 to 5000).
     reference_free: compare likelihoods of the policy alone. centre: subtract the running mean of the log-ratio from both
-    sides (BCO's shift; pointwise links alone see it; last step's value).
+    sides (BCO's shift; pointwise links alone see it; last step's value). Not with flip or loser_scale, which compare with 0.
 
     loser_scale: the loser's log-ratio counts so much (PSO's nu, arXiv 2410.03190; MaPPO). flip: SePPO's anchor criterion
     (arXiv 2410.05255), the loser's log-ratio times the sign of the winner's: while the policy denoises the winner worse than
@@ -57,6 +57,9 @@ class Pairwise:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.clip is not None and not 0 < self.clip < 1:
             raise ValueError(f"clip must lie between 0 and 1, got {self.clip}")
+        if self.centre and (self.flip != "none" or self.loser_scale != 1):
+            raise ValueError(f"centre moves the zero that {'flip' if self.flip != 'none' else 'loser_scale'} counts from; use "
+                             "one of the two")
         if self.reference_free and (self.flip != "none" or self.on_policy):
             raise ValueError(f"{'flip' if self.flip != 'none' else 'on_policy'} compares with a reference; set "
                              "reference_free to false")
@@ -77,14 +80,12 @@ class Pairwise:
         stretch = getattr(self.link, "stretch", 1.0)
         own = tuple(self._clipped(est.log_ratio[b, i]) for i in (w, l))
         winner, loser = ((ratio - shift) * label.scale for ratio in own)
-        sign = self._sign(winner)
-        loser = loser * self.loser_scale if sign is None else loser * sign
         rows = label.weight * self._both_orders(winner, loser, label.p, label.offset / (2 * beta * stretch), beta)
-        metrics = {"flipped": (sign <= 0).float()} if sign is not None else {}
+        metrics = {} if self.flip == "none" else {"flipped": (own[0] <= 0).float()}
         if self.on_policy:
             weight = torch.exp(self.on_policy * self.beta * (own[0] + own[1]).detach()).clamp(max=1)
             rows, metrics["on_policy"] = rows * weight, weight
-        logit = (beta * stretch * (winner - loser) - label.offset).detach()
+        logit = (beta * stretch * (winner - self._as_loser(loser, winner)) - label.offset).detach()
         loss = Loss.from_rows(rows, b, batch, logit=logit, saturated=(logit.abs() > 5).float(), gradient=torch.sigmoid(-logit),
                               **metrics)
         return replace(loss, observed=self._observed(*(ratio.detach() for ratio in own)))
@@ -97,17 +98,18 @@ class Pairwise:
             return self.beta
         return self.beta * max(1e-3, 1 + self.dynamic * (memory.read(LAST) - memory.read(MEAN)))
 
-    def _sign(self, winner: Tensor) -> Tensor | None:
-        """Of what the loser's log-ratio counts: 0 where policy and reference are equal."""
+    def _as_loser(self, loser: Tensor, winner: Tensor) -> Tensor:
+        """The loser's log-ratio as it counts beside this winner; not at all where policy and reference are equal on that."""
         if self.flip == "none":
-            return None
+            return loser * self.loser_scale
         sign = winner.detach().sign()
-        return self.loser_scale * (sign.clamp(min=0) if self.flip == "indicator" else sign)
+        return loser * (self.loser_scale * (sign.clamp(min=0) if self.flip == "indicator" else sign))
 
     def _both_orders(self, winner: Tensor, loser: Tensor, p: Tensor, half: Tensor, beta: float) -> Tensor:
-        """The offset is split between the two sides, so that pointwise links see it as well."""
-        right = self.link(winner - half, loser + half, beta)
-        swapped = self.link(loser - half, winner + half, beta)
+        """The offset is split between the two sides, so that pointwise links see it as well. In the swapped order it is the
+        other one that is scaled or flipped."""
+        right = self.link(winner - half, self._as_loser(loser, winner) + half, beta)
+        swapped = self.link(loser - half, self._as_loser(winner, loser) + half, beta)
         return p * right + (1 - p) * swapped
 
     def _observed(self, winner: Tensor, loser: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

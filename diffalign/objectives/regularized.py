@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 
 from ..types import Batch, Estimate, Loss, Memory
-from .base import Objective, needs_scores, title_of
+from .base import Objective, needs_scores, reads_weighting, title_of
 from .sft import SFT, winners
 
 
@@ -52,12 +52,20 @@ class Regularized:
         return self.objective.reference_free
 
     @property
+    def reads_weighting(self) -> bool:
+        return self.origin > 0 or reads_weighting(self.objective)
+
+    @property
+    def beta_unit(self) -> float:
+        return getattr(self.objective, "beta_unit", 1.0)
+
+    @property
     def min_k(self) -> int:
         return self.objective.min_k
 
     @property
     def reads_origin(self) -> bool:
-        return self.origin > 0
+        return self.origin > 0 or getattr(self.objective, "reads_origin", False)
 
     def __call__(self, est: Estimate, batch: Batch, memory: Memory) -> Loss:
         loss = self.objective(est, batch, memory)

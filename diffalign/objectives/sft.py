@@ -28,6 +28,7 @@ class SFT:
     """The winner's mean squared denoising error (the card's ell^w), weight 1."""
 
     needs_scores = False
+    reads_weighting = False
     title = "SFT on winners"
     reference_free = True
     min_k = 1

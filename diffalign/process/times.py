@@ -118,14 +118,17 @@ class Geometric:
     def correction(self, t: Tensor) -> Tensor | None:
         if not self.corrected:
             return None
-        # a time on a bin's upper edge belongs to it: the grid of a schedule is (i+1)/T
-        k = (torch.ceil(t.double() * self.bins - 1e-6).long() - 1).clamp(0, self.bins - 1)
+        # a time on a bin's upper edge belongs to it: the grid of a schedule is (i+1)/T, in float32 up to 3e-8 away
+        k = (torch.ceil(t.double() * self.bins - 1e-4).long() - 1).clamp(0, self.bins - 1)
         return (1 / (self.bins * self._shares.to(t.device)[k])).float()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Discrete:
-    """One of a few diffusers timesteps (0..999), each as likely: for timestep-distilled models, (249, 499, 749, 999)."""
+    """One of a few diffusers timesteps (0..999), each as likely: for timestep-distilled models, (249, 499, 749, 999).
+
+    On a rectified flow number n is sigma = (n + 1)/1000, so that these four are the quarters.
+    """
 
     timesteps: tuple[int, ...]
 

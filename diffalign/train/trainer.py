@@ -221,6 +221,8 @@ class _Trainer:
                 self.average.update()
             self._check_moved()
         moved = self.bank.advance(state.step) or {}
+        if getattr(self.bank, "renewed", False):
+            state.memory.forget()
         totals.report.update({name: (value, 1.0) for name, value in moved.items()})
         state.step += 1
         state.samples += self.groups_per_step

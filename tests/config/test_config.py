@@ -79,6 +79,25 @@ def test_options_that_do_not_fit_together(path):
     assert refusal(path, "data.layout=pickapic", "objective.labels=dcg").startswith("data.layout:")
 
 
+@pytest.mark.parametrize("place, overrides", [
+    ("likelihood.weighting: MaPO", ["objective=mapo", "likelihood.weighting=elbo"]),
+    ("likelihood.weighting: SFT", ["objective={kind: regularized, objective: sft}", "likelihood.weighting=min_snr"]),
+    ("reference.kind: MaPO", ["objective=mapo", "reference=moving"]),
+    ("reference.kind: Diffusion-DPO", ["objective.reference_free=true", "reference=past"]),
+    ("reference.kind: past", ["reference=past", "model.lora=null"]),
+    ("data.caption_dropout:", ["source={kind: online, reward: scenes}", "data.caption_dropout=0.1"])])
+def test_options_without_effect_are_refused(path, place, overrides):
+    assert refusal(path, *overrides).startswith(place)
+
+
+def test_options_that_look_alike_and_have_one(path):
+    for overrides in (["objective={kind: regularized, objective: mapo, origin: 1}", "likelihood.weighting=elbo"],
+                      ["objective=kto", "likelihood.weighting=elbo"], ["objective=mapo", "likelihood.times=geometric"],
+                      ["objective=mapo", "reference=past", "source=semi_policy"],
+                      ["source=semi_policy", "data.caption_dropout=0.1"]):
+        load_recipe(path, overrides)
+
+
 def test_missing_options_and_files(path, tmp_path):
     path.write_text("output_dir: x\n")
     assert refusal(path) == "model: is missing"

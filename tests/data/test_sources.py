@@ -51,7 +51,7 @@ def test_the_sample_takes_the_losers_place():
 
 @pytest.mark.parametrize("utility, valid, kept", [
     ([[1.0]], [[True]], True), ([[-1.0]], [[True]], False), ([[0.2, 0.1]], [[True, False]], True),
-    ([[1.0, 0.0]], [[False] * 2], False)])
+    ([[1.0, 0.0]], [[False] * 2], False), ([[0.5, 0.5]], [[True] * 2], False)])
 def test_a_group_without_a_winner_is_left_out(utility, valid, kept):
     class One(Stored):
         def take(self, step):

@@ -1,5 +1,6 @@
 """What has a state of its own continues exactly: moving references, past checkpoints, running means, samples of the model."""
 
+import json
 import shutil
 
 import pytest
@@ -65,3 +66,49 @@ def test_winners_alone_are_enough_for_seppo(small, tmp_path):
     pq.write_table(pa.table({"image": winner, "label": [1] * 7 + [0], "prompt": table["caption"]}), tmp_path / "liked.parquet")
     assert main(["train", str(file), f"data.path={tmp_path}/liked.parquet", "train.max_train_steps=2"]) == 0
     assert "flipped" in metrics(tmp_path)[-1] or any("flipped" in line for line in metrics(tmp_path))
+
+
+def facts(small, tmp_path, *overrides, lora=True, reference=None, **sections):
+    """train.json of a run with held-out data."""
+    import yaml
+    file = small(tmp_path, evaluate=None, **sections)
+    tree = yaml.safe_load(file.read_text()) | ({"reference": reference} if reference else {})
+    if not lora:
+        tree["model"]["lora"] = None
+    file.write_text(yaml.safe_dump(tree))
+    assert main(["train", str(file), *overrides]) == 0
+    return json.loads((tmp_path / "run" / "train.json").read_text())
+
+
+def test_before_is_the_base_and_no_reference_that_has_moved(small, tmp_path):
+    """A full fine-tune whose reference is the last policy: against that, training would have changed nothing."""
+    moved = facts(small, tmp_path, lora=False, reference={"kind": "moving", "every": 1})["heldout"]
+    (tmp_path / "frozen").mkdir()
+    frozen = facts(small, tmp_path / "frozen", lora=False)["heldout"]
+    base, = {run["likelihood_accuracy"]["before"]["value"] for run in (moved, frozen)}
+    assert moved["before"] == base and moved["margin"] != 0
+    assert moved["after"] == moved["likelihood_accuracy"]["after"]["value"] and "no fixed reference" in moved["of"]
+
+
+def test_single_pictures_have_no_held_out_pairs(small, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import yaml
+    table = pq.read_table(yaml.safe_load(small(tmp_path).read_text())["data"]["path"]).slice(0, 12)
+    pq.write_table(pa.table({"image": [row["jpg_0"] for row in table.to_pylist()], "label": [1, 0] * 6,
+                             "prompt": table["caption"]}), tmp_path / "liked.parquet")
+    data = {"path": str(tmp_path / "liked.parquet"), "validation": str(tmp_path / "liked.parquet")}
+    found = facts(small, tmp_path, "train.validation_steps=1", "train.max_train_steps=2", data=data,
+                  objective={"kind": "kto", "beta": 500})
+    assert found["heldout"] is None and found["step"] == 2
+
+
+def test_a_gate_needs_winners(small, tmp_path, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import yaml
+    table = pq.read_table(yaml.safe_load(small(tmp_path).read_text())["data"]["path"]).slice(0, 6)
+    pq.write_table(pa.table({"image": table["jpg_0"], "label": [0] * 6, "prompt": table["caption"]}), tmp_path / "all.parquet")
+    file = recipe(small, tmp_path, objective={"kind": "kto", "beta": 500}, reference={"kind": "moving", "gate": 0.5})
+    assert main(["train", str(file), f"data.path={tmp_path}/all.parquet"]) == 2
+    assert "reference.gate: the first 64 groups hold no winner" in capsys.readouterr().err

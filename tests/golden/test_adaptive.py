@@ -1,11 +1,13 @@
 """SePPO's criterion, beta-DPO, weights, penalties, curriculum: numbers of seppo.md, pso.md and lm_objectives.md."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffalign.likelihood import DenoisingELBO
-from diffalign.methods import Preference
-from diffalign.objectives import EasyToHard, Pairwise, PlackettLuce, Regularized
+from diffalign.methods import Preference, Probe
+from diffalign.objectives import BCO, EasyToHard, Pairwise, PlackettLuce, Regularized
 from diffalign.types import Batch, Cond, Estimate, Memory
 
 from .test_likelihood import Linear, batch_of, context
@@ -134,9 +136,64 @@ def test_curriculum_walks_from_the_worst_opponent_to_the_runner_up():
 @pytest.mark.parametrize("build, words", [
     (lambda: Pairwise(beta=1, reference_free=True, flip="sign"), "flip"),
     (lambda: Pairwise(beta=1, reference_free=True, on_policy=1.0), "on_policy"),
+    (lambda: Pairwise(beta=1, centre=True, flip="sign"), "centre"),
+    (lambda: Pairwise(beta=1, centre=True, loser_scale=0.1), "centre"),
     (lambda: Pairwise(beta=1, dynamic=-1.0), "dynamic"), (lambda: EasyToHard(stage=0), "stage"),
     (lambda: Regularized(objective=Pairwise(beta=1, reference_free=True), winner=1.0), "winner"),
     (lambda: Regularized(objective=PlackettLuce(beta=1), sft=-1.0), "sft")])
 def test_refusals(build, words):
     with pytest.raises(ValueError, match=f"^{words}"):
         build()
+
+
+@pytest.mark.parametrize("options", [dict(loser_scale=0.1), dict(flip="sign"), dict(flip="indicator", loser_scale=0.5),
+                                     dict(flip="sign", link=BCO())], ids=str)
+def test_in_the_swapped_order_the_other_one_is_the_loser(options):
+    """A soft label's two orders are each the whole objective: of a tie, either picture may come first."""
+    objective, change = Pairwise(beta=200, **options), [-0.02, 0.01]
+    right, wrong = (loss_and_grad(objective, [change], utility=(order,))[0].per_group.item()
+                    for order in ((1.0, 0.0), (0.0, 1.0)))
+    for p in (0.5, 0.7, 1.0):
+        est, batch, _ = estimate([change])
+        soft = replace(batch, soft=torch.tensor([p], dtype=torch.float64))
+        assert objective(est, soft, Memory()).per_group.item() == pytest.approx(p * right + (1 - p) * wrong)
+    for first in (change, change[::-1]):
+        est, batch, _ = estimate([first], utility=((1.0, 1.0),))
+        tie = replace(batch, soft=torch.tensor([0.5], dtype=torch.float64))
+        assert objective(est, tie, Memory()).per_group.item() == pytest.approx((right + wrong) / 2)
+
+
+def test_the_share_of_flips_is_of_the_criterion():
+    for scale in (0.0, 0.5, 1.0):
+        for change, flipped in ((-0.02, 0.0), (0.02, 1.0)):
+            loss, _ = loss_and_grad(Pairwise(beta=200, flip="sign", loser_scale=scale), [[change, 0.01]])
+            assert loss.metrics["flipped"].item() == flipped
+
+
+def test_nested_penalties_reach_the_base():
+    inner = Regularized(objective=Pairwise(beta=1), origin=1.0)
+    method = Preference(DenoisingELBO(), Regularized(objective=inner, sft=0.0))
+    batch, model = batch_of(), Linear(policy=0.3, reference=0.2)
+    alone = Preference(DenoisingELBO(), inner).loss(batch, context(model)).per_group
+    assert torch.equal(method.loss(batch, context(model)).per_group, alone)
+
+
+def test_divergence_of_a_fixed_set_of_winners():
+    """timestep_aware_dpo.md check 8: 0 for the base itself, blind to losers; strata of uniform times, whatever the batches."""
+    batch, model = batch_of(b=5), Linear(current=0.3, origin=0.2)
+    probe, ctx = Probe([batch]), context(model)
+    assert probe(ctx, "origin") == 0.0 and probe(ctx, "current") == probe(ctx, "current")
+    assert max(len(xt) for _, xt, _, _ in model.calls) == 10  # one draw at a time
+    times = torch.stack([t.view(5, 2)[:, 0] for name, _, t, _ in model.calls[:8:2]])
+    assert ((times * 4).ceil() == torch.tensor([1, 2, 3, 4])[:, None]).all()
+    other = replace(batch, x0=torch.cat([batch.x0[:, :1], -7 * batch.x0[:, 1:]], 1))
+    assert Probe([other])(ctx, "current") == pytest.approx(probe(ctx, "current"), rel=1e-6)
+    halves = [replace(batch, **{n: getattr(batch, n)[part] for n in ("x0", "utility", "valid", "key")},
+                      cond=Cond(tokens=batch.cond.tokens[part])) for part in (slice(0, 2), slice(2, 5))]
+    assert Probe(halves)(ctx, "current") == pytest.approx(probe(ctx, "current"), rel=1e-6)
+
+
+def test_seppo_on_its_own_samples_of_the_same_model_pushes_nothing_but_the_winner():
+    """seppo.md check 1: at policy = reference the loss is ln 2 and the loser has no gradient."""
+    loss, grad = loss_and_grad(Pairwise(beta=200, flip="sign"), [[0.0, 0.0]])
+    assert loss.per_group.item() == pytest.approx(0.693147, abs=1e-6) and grad.flatten().tolist() == pytest.approx([50.0, 0.0])

@@ -154,8 +154,38 @@ def test_many_full_checkpoints_are_refused(sdxl):
 
 @pytest.mark.parametrize("build, words", [
     (lambda: Moving(every=0), "every must"), (lambda: Moving(mix=0), "mix must"),
-    (lambda: Moving(origin_share=1), "origin_share"),
+    (lambda: Moving(origin_share=1), "origin_share"), (lambda: Moving(thaw=True), "thaw"),
+    (lambda: Moving(judge="current"), "judge"),
     (lambda: Past(keep=1), "keep must"), (lambda: Past(every=0), "every must")])
 def test_bad_rules(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+def test_a_new_reference_says_so(sdxl):
+    """Running means of log-ratios against the old one are void (timestep_aware_dpo.md 8: KTO's baseline starts again at 0)."""
+    def told(rule, steps):
+        bank, seen = bank_of(sdxl, rule=rule), []
+        for step in range(steps):
+            nudge(bank)
+            bank.advance(step)
+            seen.append(bank.renewed)
+        return seen
+
+    assert told(Moving(every=2), 4) == [False, True, False, True] and told(Moving(every=1, mix=0.01), 2) == [False, False]
+    assert told(Past(every=1, keep=2, pick="latest"), 3) == [True] * 3
+    assert told(Past(every=1, keep=2, pick="first"), 3) == [False] * 3 and told(Frozen(), 2) == [False, False]
+
+
+def test_which_past_checkpoint_is_new(sdxl):
+    """By their weights: the same checkpoint may move down one place when the oldest goes."""
+    bank = bank_of(sdxl, rule=Past(every=1, keep=3))
+    name, seen = next(iter(bank.trainable())), set()
+    for step in range(40):
+        before = bank._moved[int(bank._mark[1])][name].clone()
+        nudge(bank)
+        bank.advance(step)
+        after = bank._moved[int(bank._mark[1])][name]
+        assert bank.renewed == (not torch.equal(before, after))
+        seen.add(bank.renewed)
+    assert seen == {False, True}

@@ -9,7 +9,7 @@ import torch
 from diffalign.errors import ConfigError
 from diffalign.likelihood import DenoisingELBO
 from diffalign.methods import Preference
-from diffalign.objectives import MaPO, Pairwise, Regularized
+from diffalign.objectives import KTO, MaPO, Pairwise, Regularized
 from diffalign.train import TrainingError, make_accelerator
 
 from . import toy
@@ -269,3 +269,22 @@ def test_prefetching_changes_nothing(tmp_path):
     toy.train(tmp_path / "b", max_train_steps=6, dataloader_num_workers=1)
     a, b = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in "ab")
     assert a == b
+
+
+@pytest.mark.parametrize("renewed, baselines", [((), [0, 1, 2, 3]), ((1,), [0, 1, 0, 3])])
+def test_running_means_end_with_their_reference(tmp_path, renewed, baselines):
+    """KTO's baseline against the old reference is no baseline against a new one. baselines: 0 where it starts from nothing."""
+    class Moves(toy.Bank):
+        renewed = False
+
+        def advance(self, step):
+            self.renewed = step in now
+
+    class Baselines(Preference):
+        def loss(self, batch, ctx):
+            seen.append(ctx.memory.read("kto_gain", default=None))
+            return super().loss(batch, ctx)
+
+    now, seen = renewed, []
+    toy.train(tmp_path, bank=Moves(), method=Baselines(DenoisingELBO(), KTO(beta=100)), max_train_steps=4)
+    assert [0 if value is None else step for step, value in enumerate(seen[-4:])] == baselines
