@@ -70,12 +70,16 @@ class MinSNR:
         return snr.clamp(max=self.gamma) / snr * param.error_to_eps(noised)
 
 
+UNBOUNDED = 100.0  # sigma/alpha at the noise end: 15 with the schedule of SD and SDXL, 4096 (a floor) at zero terminal SNR
+
+
 @dataclass(frozen=True, kw_only=True)
 class HighNoise:
     """1 + strength * (sigma/alpha, scaled to [0, 1] over the schedule), in the model's native error space.
 
     The reward scale of timestep-aware DPO (arXiv 2505.18736; strength 1): from 1 at the clean end to 2 at the noise end,
-    inside the link, hence on beta. On a flow, where sigma/alpha has no bound, t takes its place. A v or velocity error already
+    inside the link, hence on beta. Where sigma/alpha has no bound (a flow, zero terminal SNR) t takes its place: scaled by its
+    largest value all but the last times would weigh 1. A v or velocity error already
     weighs high noise up by 1/alpha^2 (timestep_aware_dpo.md 2e).
     """
 
@@ -86,11 +90,11 @@ class HighNoise:
             raise ValueError(f"strength must be at least 0, got {self.strength}")
 
     def __call__(self, noised: Noised, param: Parameterization, process: Process) -> Tensor:
-        if isinstance(process, RectifiedFlow):
-            return 1 + self.strength * noised.t
         alpha, sigma = process.coefficients(process.grid())
         ratio = sigma / alpha
         low, high = float(ratio.min()), float(ratio.max())
+        if isinstance(process, RectifiedFlow) or high > UNBOUNDED:
+            return 1 + self.strength * noised.t
         return 1 + self.strength * (noised.sigma / noised.alpha - low) / (high - low)
 
 

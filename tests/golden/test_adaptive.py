@@ -59,6 +59,9 @@ def test_loser_scale():
     loss, grad = loss_and_grad(Pairwise(beta=200, loser_scale=0.1), change)
     assert loss.per_group.item() == pytest.approx(torch.nn.functional.softplus(torch.tensor(-2.1)).item(), abs=1e-6)
     assert loss_and_grad(Pairwise(beta=200, loser_scale=0.0), change)[1][0, 1] == 0
+    # lm_objectives.md section 7, MaPPO with Dr = 1/2: b c_w = 1, b c_l = -1/2 give -log sigmoid(1.25)
+    mappo, _ = loss_and_grad(Pairwise(beta=200, loser_scale=0.5), [[-0.01, 0.005]])
+    assert mappo.per_group.item() == pytest.approx(0.251929, abs=1e-6)
 
 
 def test_dynamic_beta():

@@ -21,6 +21,7 @@ from diffalign.process import (
     Stratified,
     Uniform,
     V,
+    VariancePreserving,
     Velocity,
 )
 from diffalign.process.noise import _step
@@ -136,6 +137,18 @@ def test_reward_scale_by_time():
     flow = RectifiedFlow()
     n = flow.noise(torch.zeros(2, 1), torch.tensor([0.25, 0.75]), torch.zeros(2, 1))
     assert HighNoise()(n, Velocity(), flow).tolist() == [1.25, 1.75]
+    abar = process.alphas_cumprod.sqrt()
+    last = VariancePreserving((((abar - abar[-1]) * abar[0] / (abar[0] - abar[-1])) ** 2).clamp(min=2.0**-24))
+    n = last.noise(torch.zeros(2, 1), torch.tensor([0.5, 1.0]), torch.zeros(2, 1))
+    assert HighNoise()(n, V(), last).tolist() == [1.5, 2.0]
+
+
+def test_without_its_two_parts_timestep_aware_dpo_is_dpo():
+    """Card check 1, to the bit: lambda = 1, gamma = 1 and a reference that stays."""
+    batch, model = batch_of(b=64, shape=(1, 2, 2)), Linear(policy=0.3, reference=0.2)
+    plain, off = (Preference(estimator, Pairwise(beta=5000)).loss(batch, context(model)).per_group for estimator in
+                  (DenoisingELBO(), DenoisingELBO(times=Geometric(ratio=1.0), weighting=HighNoise(strength=0.0))))
+    assert torch.equal(plain, off)
 
 
 @pytest.mark.parametrize("scale, loss", [(1.0, 0.386871), (1.0216, 0.381702), (1.5703, 0.268483)])
