@@ -3,10 +3,12 @@
     python scripts/compare_methods.py run --plan scripts/compare_methods.yaml --out runs/compare [--only dpo,ipo]
                                           [--stage sweep|final|noise] [--jobs 1]
     python scripts/compare_methods.py table --out runs/compare [--docs docs/methods.md] [--figures assets/figures]
+    python scripts/compare_methods.py methods --out runs/compare [--readme README.md]
 
 Call it from the repository root. Cost is counted in passes of the denoiser (``diffalign.evaluate.cost``): steps follow from
 the plan's budget. Every run has a folder OUT/STAGE/METHOD/VALUE/seedK with its result.json; `run` again goes on where it
-stopped and tries failed runs once more. Equal trainings are made once. `table` (scripts/compare_table.py) reads what is there.
+stopped and tries failed runs once more. Equal trainings are made once. `table` (scripts/compare_table.py) reads what is there;
+`methods` lists the recipes of configs/tiny in the README, with results where there are some.
 """
 
 from __future__ import annotations
@@ -335,8 +337,8 @@ def run_all(plan: Plan, out: Path, only: list[str] | None = None, stages: tuple[
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    runs, table = commands.add_parser("run"), commands.add_parser("table")
-    for command in (runs, table):
+    runs, table, methods = (commands.add_parser(name) for name in ("run", "table", "methods"))
+    for command in (runs, table, methods):
         command.add_argument("--out", type=Path, default=Path("runs/compare"))
     runs.add_argument("--plan", type=Path, default=Path("scripts/compare_methods.yaml"))
     runs.add_argument("--only", type=lambda text: text.split(","))
@@ -344,12 +346,16 @@ def main(argv: list[str] | None = None) -> int:
     runs.add_argument("--jobs", type=int, default=1)
     table.add_argument("--docs", type=Path, default=Path("docs/methods.md"))
     table.add_argument("--figures", type=Path, default=Path("assets/figures"))
+    methods.add_argument("--readme", type=Path, default=Path("README.md"))
     args = parser.parse_args(argv)
     try:
         _quiet_libraries()
         if args.command == "table":
             from compare_table import write_table
             write_table(args.out, args.docs, args.figures)
+        elif args.command == "methods":
+            from compare_table import methods_table
+            methods_table(args.out, args.readme)
         else:
             made = run_all(Plan.read(args.plan), args.out, args.only, (args.stage,) if args.stage else STAGES, args.jobs)
             print(f"{made} runs made; python scripts/compare_methods.py table --out {args.out}")

@@ -1,19 +1,30 @@
-"""The finished runs of scripts/compare_methods.py as tables, plain sentences and two figures: its `table` command."""
+"""The finished runs of scripts/compare_methods.py as tables, plain sentences and two figures: its `table` command; and the
+list of methods in README.md, read off the recipes: its `methods` command."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from diffalign import data
+from diffalign.config import Recipe, load_recipe
+from diffalign.data.columns import Tally
+from diffalign.data.sources import Online, SemiPolicy, Stored
 from diffalign.errors import ConfigError
+from diffalign.evaluate.cost import passes_per_group
 from diffalign.evaluate.files import write
 from diffalign.evaluate.sides import Pooled, Side, implicit_accuracy, pool
 from diffalign.evaluate.statistics import paired
+from diffalign.likelihood import DenoisingELBO
+from diffalign.methods import Preference
+from diffalign.objectives import KTO, SFT, needs_scores
 
 BEGIN, END = "<!-- results: written by scripts/compare_methods.py table -->", "<!-- end of results -->"
+METHODS, METHODS_END = "<!-- methods -->", "<!-- end of methods -->"
 INK, FAINT, BETTER, WORSE = "#16181d", "#6b7280", "#0a7d4f", "#b42318"
 
 
@@ -194,10 +205,120 @@ def write_table(out: Path, docs: Path, figures: Path) -> str:
                   f"Told the share: {', '.join(told) or 'none'}.", "", *noise_table(noisy), "",
                   f"![Score by share of flipped pairs]({where / 'label_noise.png'})"]
     fragment = "\n".join([*parts, "", END])
+    put(docs, fragment, BEGIN, END)
+    return fragment
+
+
+def put(docs: Path, fragment: str, begin: str, end: str) -> None:
+    """Replaces what lies between the two markers, which are part of the fragment."""
     text = docs.read_text(encoding="utf-8") if docs.is_file() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ConfigError(f"{docs}: needs the lines '{BEGIN}' and '{END}', once each, around the place of the results")
-    write(docs, (text[:text.index(BEGIN)] + fragment + text[text.index(END) + len(END):]).encode())
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ConfigError(f"{docs}: needs the lines '{begin}' and '{end}', once each, around the place of the results")
+    write(docs, (text[:text.index(begin)] + fragment + text[text.index(end) + len(end):]).encode())
+
+
+# --- the list of methods --------------------------------------------------------------------------------------------
+
+def group_of(recipe: Recipe, candidates: int) -> str:
+    """The first thing that sets it apart from DPO on pairs."""
+    if not isinstance(recipe.source, Stored):
+        return "Samples of the model"
+    if candidates > 2:
+        return "Ranked lists"
+    if recipe.objective.reference_free:
+        return "Pairs, without a reference"
+    if recipe.reference.moves:
+        return "Pairs, a reference that moves"
+    if needs_scores(recipe.objective):
+        return "Pairs with scores"
+    if recipe.likelihood != DenoisingELBO():
+        return "Pairs, other draws of time and noise"
+    return "Pairs, a frozen reference"
+
+
+GROUPS = ("Pairs, a frozen reference", "Pairs, without a reference", "Pairs with scores",
+          "Pairs, other draws of time and noise", "Pairs, a reference that moves", "Ranked lists", "Samples of the model")
+
+
+def needed(recipe: Recipe, candidates: int) -> str:
+    """What the data must bring."""
+    if isinstance(recipe.source, Online):
+        return "prompts, a reward"
+    if isinstance(recipe.source, SemiPolicy) or isinstance(recipe.objective, SFT):
+        return "winners"
+    if isinstance(recipe.objective, KTO):
+        return "likes, dislikes"
+    if needs_scores(recipe.objective):
+        return "lists with scores" if candidates > 2 else "pairs with scores"
+    return "ranked lists" if candidates > 2 else "pairs"
+
+
+def weight_sets(recipe: Recipe) -> str:
+    """The sets held: with a LoRA one model and an adapter for each that moves. "current" is the policy itself."""
+    reads = Preference.of(recipe.likelihood, recipe.objective, recipe.reference).reads
+    names = [*reads, *filter(None, (getattr(recipe.source, "weights", None),))]
+    if "reference" in names and recipe.reference.moves and recipe.reference.needs_origin:
+        names.append("origin")
+    held = [name for name in dict.fromkeys(names) if name != "current"]
+    kept = getattr(recipe.reference, "keep", None)
+    return f"{len(held)}: {', '.join(held)}{f' (one of {kept})' if kept else ''}"
+
+
+def said_of(path: Path) -> tuple[str, list[str]]:
+    """Name and arXiv ids from the comment below a recipe's command."""
+    comment = []
+    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    text = " ".join(comment)
+    name = re.split(r"[ ,]*\((?=[^)]*(?:arXiv|et al|note|reduction))|: |\. |\.$", text)[0]
+    return name, list(dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", text)))
+
+
+def full_size(path: Path) -> str:
+    """Recipes of the same name for published models."""
+    others = [other for folder in ("sd15", "sdxl", "sd35") for other in sorted((path.parents[1] / folder).glob("*.yaml"))
+              if other.stem.removesuffix("_lora") == path.stem]
+    return " ".join(f"[{other.parent.name}{' LoRA' if other.stem.endswith('_lora') else ''}]"
+                    f"(configs/{other.parent.name}/{other.name})" for other in others)
+
+
+def results_of(out: Path) -> dict[str, str]:
+    """Method -> score and win rate of its final runs, as far as the comparison has got."""
+    if not (out / "plan.json").is_file() or not (out / "base" / "heldout.npz").is_file():
+        return {}
+    plan, base = json.loads((out / "plan.json").read_text()), Side.load(out / "base" / "heldout.npz")
+    rows = (read_row(out / "final" / name / str(best(read_sweep(out, plan, name))), base) for name in plan["methods"])
+    return {row.name: f"{s.aligned_score:.3f}; {s.win_rate:.2f} [{s.win_rate_low:.2f}, {s.win_rate_high:.2f}]"
+            for row in rows if row is not None for s in (row.pooled.statistics,)}
+
+
+def methods_table(out: Path, readme: Path, configs: Path = Path("configs")) -> str:
+    """Replaces what lies between the markers in ``readme``: a row a recipe of configs/tiny. Returns the fragment."""
+    results, candidates, groups = results_of(out), {}, {name: [] for name in GROUPS}
+    for path in sorted((configs / "tiny").glob("*.yaml")):
+        recipe = load_recipe(path)
+        if recipe.data.path not in candidates:
+            candidates[recipe.data.path] = len(next(data.read_rows(recipe.data, Tally())).images)
+        k, (name, papers) = candidates[recipe.data.path], said_of(path)
+        passes = passes_per_group(recipe, k)
+        cells = [name, ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers), needed(recipe, k),
+                 weight_sets(recipe), str(passes), f"[{path.stem}](configs/tiny/{path.name})", full_size(path),
+                 *([results.get(path.stem, "")] if results else [])]
+        groups[group_of(recipe, k)].append((path.stem != "dpo", name.lower(), f"| {' | '.join(cells)} |"))
+    columns = ["method", "paper", "data", "weight sets", "passes", "recipe", "full size",
+               *(["score; win rate [95 %]"] if results else [])]
+    told = [METHODS, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, rows in groups.items():
+        if rows:
+            told += [f"| **{name}** |{' |' * (len(columns) - 1)}", *(row for *_, row in sorted(rows))]
+    what = "Score and win rate are the embedded model's" if results else "What each gave on the embedded model"
+    told += ["", "Passes: of the denoiser, for one group of pictures and step; forward 1, backward 2 more. With a LoRA the",
+             f"weight sets are one model and small adapters. {what}: [docs/methods.md](docs/methods.md).",
+             f"Made by `python scripts/compare_methods.py methods --out {out}`.", "", METHODS_END]
+    fragment = "\n".join(told)
+    put(readme, fragment, METHODS, METHODS_END)
     return fragment
 
 

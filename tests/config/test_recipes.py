@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffalign.config import load_recipe
+from diffalign.evaluate.cost import groups_per_step
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -13,8 +14,20 @@ RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 def test_the_promised_recipes_are_there():
     names = {str(path.relative_to(ROOT / "configs")) for path in RECIPES}
-    assert {"quickstart.yaml", "sd15/dpo.yaml", "sd15/dpo_lora.yaml", "sd15/mapo.yaml", "sdxl/dpo.yaml", "sdxl/dpo_lora.yaml",
-            "sdxl/mapo.yaml", "sd35/dpo_lora.yaml"} <= names
+    assert {"quickstart.yaml", "sd35/dpo_lora.yaml"} <= names
+    sd15 = ("dpo", "dpo_lora", "mapo", "timestep_aware", "smpo", "inpo", "kto", "seppo")
+    sdxl = ("dpo", "dpo_lora", "mapo", "mapo_aaai", "mapo_style", "mapo_safety", "timestep_aware", "smpo", "inpo", "rankdpo")
+    assert {*(f"sd15/{name}.yaml" for name in sd15), *(f"sdxl/{name}.yaml" for name in sdxl)} <= names
+
+
+@pytest.mark.parametrize("name, processes, pairs", [
+    ("sd15/smpo", 8, 1024), ("sdxl/smpo", 8, 1024), ("sd15/inpo", 8, 1024), ("sdxl/inpo", 8, 1024), ("sdxl/rankdpo", 8, 1024),
+    ("sd15/seppo", 8, 2048), ("sd15/kto", 4, 4), ("sdxl/mapo_aaai", 8, 2048), ("sdxl/mapo_style", 4, 128),
+    ("sdxl/mapo_safety", 4, 128), ("sd15/timestep_aware", 16, 2048), ("sdxl/timestep_aware", 16, 2048)])
+def test_the_command_gives_the_published_batch(name, processes, pairs):
+    path = ROOT / "configs" / f"{name}.yaml"
+    assert f"--num_processes {processes} " in path.read_text().splitlines()[0]
+    assert processes * groups_per_step(load_recipe(path)) == pairs
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT / "configs")))

@@ -194,6 +194,30 @@ def test_the_table_says_what_helped_and_what_is_missing(tmp_path):
         compare_table.write_table(out, docs, tmp_path / "figures")
 
 
+def test_the_readme_lists_every_recipe_once_and_results_where_there_are_some(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    out, readme = tmp_path / "out", tmp_path / "README.md"
+    readme.write_text(f"before\n{compare_table.METHODS}\nstale\n{compare_table.METHODS_END}\nafter\n")
+    for _ in range(2):
+        plain = compare_table.methods_table(out, readme)
+    text, own = readme.read_text(), (ROOT / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text and "win rate" not in plain
+    for path in (ROOT / "configs" / "tiny").glob("*.yaml"):
+        assert text.count(f"[{path.stem}](configs/tiny/{path.name})") == 1
+        assert f"(configs/tiny/{path.name})" in own, "run scripts/compare_methods.py methods"
+    row = next(line for line in plain.splitlines() if "[timestep_aware]" in line)
+    assert "2505.18736" in row and "| 3: policy, reference, origin | 8 |" in row and "configs/sdxl/timestep_aware.yaml" in row
+    assert "| winners | 1: policy | 6 | [sft]" in plain
+    assert "| lists with scores | 2: policy, reference | 16 | [rankdpo]" in plain
+    for part in ("heldout", "validation"):
+        synthetic(0).save(out / "base" / f"{part}.npz")
+    (out / "plan.json").write_text(json.dumps(asdict(compare_methods.Plan.read(PLAN))))
+    finished(out, "sweep", "dpo", "2000", 0, synthetic(0.2))
+    finished(out, "final", "dpo", "2000", 0, synthetic(0.2))
+    measured = compare_table.methods_table(out, readme).splitlines()
+    assert "; 1.00 [" in next(line for line in measured if "tiny/dpo.yaml" in line)
+
+
 # --- all of it, small -----------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
