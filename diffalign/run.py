@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-from . import data
-from .config import Recipe, as_tree, check_layout, dump
+from . import build, data
+from .config import Recipe, as_tree, dump
 from .data.check import check as look_at
-from .data.sources import Online, Sampled, Stored
 from .errors import ConfigError, ResourceError, UserError
 from .evaluate.card import fused_name, write_card
 from .evaluate.compare import Comparison, compare, lora_off_and_on, said
@@ -27,15 +26,12 @@ from .evaluate.files import write, write_json
 from .evaluate.preference import before_and_after, heldout_preference
 from .evaluate.prompts import read_prompts
 from .evaluate.report import Run, write_grid, write_report
-from .likelihood import Simple, Transitions, implied_nats
-from .methods import Context, Preference, Probe
-from .models.base import Denoiser, enable_gradient_checkpointing
+from .likelihood import Simple, implied_nats
+from .methods import Preference
+from .models.base import Denoiser
 from .models.load import (
     encoder_facts,
-    inspect,
-    is_distilled,
     load_denoiser,
-    load_encoders,
     load_pipeline,
     model_identity,
     save_pipeline,
@@ -43,12 +39,10 @@ from .models.load import (
 from .models.lora import load as load_lora
 from .models.weights import WeightBank
 from .objectives import title_of
-from .objectives.sft import winners
 from .rewards import load_reward
 from .sampling.scheduler import make_scheduler
 from .train import fit, make_accelerator, world_of
 from .train.checkpoint import check_writable, disk_errors
-from .types import Memory
 
 Printer = Callable[[str], None]
 FACTS = ("base", "pairs", "step", "seconds", "wall_seconds", "heldout")  # of train.json, needed by a report
@@ -68,16 +62,15 @@ def train(recipe: Recipe, printer: Printer = _silent) -> dict:
     """
     started, output_dir = time.monotonic(), Path(recipe.output_dir)
     base = model_identity(recipe.model)  # a wrong model is refused before anything is written
-    _check_before(recipe)
+    build.check_before(recipe)
     check_writable(output_dir)
     accelerator = make_accelerator(recipe.train, output_dir)
     say = printer if accelerator.is_main_process else _silent
-    pairs, heldout = _caches(recipe, accelerator, say)
+    pairs, heldout = build.caches(recipe, accelerator, say)
     encode_seconds = time.monotonic() - started
-    stored, method = _source(recipe, pairs, world_of(accelerator)), _method(recipe)
-    bank = _bank(recipe, method, accelerator, pairs)
-    source = _sampled(recipe, stored, bank, accelerator)
-    _check_fit(recipe, source)
+    stored, method = build.stored_of(recipe, pairs, world_of(accelerator)), build.method_of(recipe)
+    bank = build.bank_of(recipe, method, accelerator, pairs)
+    source = build.source_of(recipe, stored, bank, accelerator)
     for line in _derived(recipe, source, accelerator.num_processes):
         say(line)
     hooks = [_ResolvedConfig(recipe)] if accelerator.is_main_process else []
@@ -129,129 +122,6 @@ def _replace_pipeline(recipe: Recipe, denoiser: Denoiser, folder: Path) -> None:
         fresh.rename(folder)
 
 
-def _method(recipe: Recipe) -> Preference:
-    return Preference.of(recipe.likelihood, recipe.objective, recipe.reference)
-
-
-def _reads(recipe: Recipe, method: Preference) -> tuple[str, ...]:
-    """The weight sets of the method and of the source that draws its candidates."""
-    return tuple(dict.fromkeys((*method.reads, *filter(None, (getattr(recipe.source, "weights", None),)))))
-
-
-def _check_before(recipe: Recipe) -> None:
-    """What can be refused from the recipe and the headers of its files, before anything is decoded or loaded."""
-    check_layout(recipe, data.detect_layout(recipe.data))
-    _check_distilled(recipe)
-    _check_evaluate(recipe)
-    if isinstance(recipe.source, Online):
-        load_reward(recipe.source.reward)
-
-
-def _check_distilled(recipe: Recipe) -> None:
-    """A model that was not distilled has learned nothing of drawing in four steps; training it there would only blur it."""
-    places = (("likelihood.times", getattr(recipe.likelihood, "times", None)), ("likelihood", recipe.likelihood),
-              ("source.sampler", recipe.source.sampler))
-    name = next((name for name, part in places if getattr(part, "timesteps", None)), None)
-    if name is not None and not is_distilled(recipe.model):
-        raise ConfigError(f"{name}.timesteps: a few-step schedule, but as far as its files tell "
-                          f"{recipe.model.pretrained_model_name_or_path} was not distilled; use a model that was, name its "
-                          "LoRA in model.fuse_lora, or set model.distilled=true")
-
-
-def _bank(recipe: Recipe, method: Preference, accelerator, cache) -> WeightBank:
-    """The denoiser with its weight sets. The frozen base of a LoRA is kept in the precision it is computed in."""
-    forward = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.mixed_precision, torch.float32)
-    dtype = torch.float32 if recipe.model.lora is None else forward
-    denoiser = load_denoiser(recipe.model, dtype=dtype, device=accelerator.device)
-    _attention(denoiser, recipe)
-    bank = WeightBank.build(denoiser, recipe.model.lora, reads=_reads(recipe, method), seed=recipe.seed,
-                            forward_dtype=forward, rule=recipe.reference)
-    if recipe.train.gradient_checkpointing:
-        enable_gradient_checkpointing(denoiser)
-    if getattr(recipe.reference, "gate", None) is not None:
-        bank.divergence = _divergence(recipe, cache, accelerator)
-    return bank
-
-
-PROBE = 64  # winners
-
-
-def _divergence(recipe: Recipe, cache, accelerator) -> Callable[[WeightBank, str], float]:
-    """For gated references: every process measures the same winners; their mean is one number for all."""
-    size = max(1, 2 * recipe.train.train_batch_size)
-    batches = data.fixed_batches(cache, size, seed=recipe.seed)[:-(-PROBE // size)]
-    if not any(len(winners(batch)[0]) for batch in batches):
-        raise ConfigError(f"reference.gate: the first {PROBE} groups hold no winner to measure divergence on; set it to null")
-    probe = Probe(batches)
-    world = world_of(accelerator)
-
-    def measure(bank: WeightBank, name: str) -> float:
-        value = probe(_context(recipe, bank, accelerator), name, device=accelerator.device)
-        return float(world.sum(torch.tensor([value], dtype=torch.float64, device=accelerator.device))) / world.size
-    return measure
-
-
-def _context(recipe: Recipe, bank: WeightBank, accelerator) -> Context:
-    """For passes outside a training step."""
-    def predict(*args):
-        with accelerator.autocast():
-            return bank.predict(*args)
-
-    denoiser = bank.denoiser
-    return Context(predict=predict, process=denoiser.process, param=denoiser.param, seed=recipe.seed, step=0, memory=Memory())
-
-
-def _sampled(recipe: Recipe, stored: data.Offline, bank: WeightBank, accelerator):
-    """The source: what lies on disk, or groups that hold samples of the model."""
-    spec, device = recipe.source, accelerator.device
-    if isinstance(spec, Stored):
-        return stored
-    empty = stored.unconditional()
-
-    def draw(cond, keys, shape):
-        nothing = empty.rows(len(keys)).to(device) if spec.sampler.guidance_scale != 1 else None
-        if nothing is not None:  # the same sizes and crops as the sample's own
-            nothing = dataclasses.replace(nothing, extra=cond.to(device).extra)
-        ctx = _context(recipe, bank, accelerator)
-        return tuple(x.cpu() for x in spec.sampler(ctx, spec.weights, cond.to(device), keys, shape, nothing))
-
-    return Sampled(stored, spec, draw, _score(recipe, device) if isinstance(spec, Online) else None,
-                   paths=isinstance(recipe.likelihood, Transitions))
-
-
-def _score(recipe: Recipe, device) -> Callable:
-    """Latents and prompts -> scores of the recipe's reward. The VAE stays in memory."""
-    reward, encoders = load_reward(recipe.source.reward), load_encoders(recipe.model, device)
-
-    def score(x0, prompts):
-        pictures = torch.cat([encoders.decode(part.to(device)) for part in x0.split(recipe.data.encode_batch_size)])
-        return reward(list((pictures.cpu() + 1) / 2), prompts).cpu()
-    return score
-
-
-def _attention(denoiser: Denoiser, recipe: Recipe) -> None:
-    if not recipe.train.enable_xformers_memory_efficient_attention:
-        return
-    try:
-        denoiser.module.enable_xformers_memory_efficient_attention()
-    except (ImportError, ModuleNotFoundError, ValueError) as error:
-        raise ConfigError(f"train.enable_xformers_memory_efficient_attention: xformers cannot be used here ({error}); "
-                          "run `pip install 'diffalign[xformers]'` on a machine with CUDA, or set it to false") from None
-
-
-def _source(recipe: Recipe, cache, world) -> data.Offline:
-    spec = recipe.train
-    return data.Offline(cache, seed=recipe.seed, train_batch_size=spec.train_batch_size, rank=world.rank, world=world.size,
-                        gradient_accumulation_steps=spec.gradient_accumulation_steps,
-                        caption_dropout=recipe.data.caption_dropout, random_flip=recipe.data.random_flip)
-
-
-def _check_fit(recipe: Recipe, source: data.Offline) -> None:
-    if source.k < recipe.objective.min_k:
-        raise ConfigError(f"objective: {_method_name(recipe)} compares {recipe.objective.min_k} candidates, but "
-                          f"{recipe.data.path} has {source.k} a group; use objective.kind=sft or another data set")
-
-
 def _metadata(recipe: Recipe) -> dict[str, str]:
     """What travels in the header of the weights that people load."""
     facts = {"objective": _method_name(recipe), "base_model": recipe.model.pretrained_model_name_or_path,
@@ -271,7 +141,7 @@ def _validation(recipe: Recipe, method: Preference, cache, accelerator) -> Calla
 
 def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator):
     """Every rank measures the whole held-out set, so all know the figure; the draws are keyed, so all get the same."""
-    ctx = _context(recipe, bank, accelerator)
+    ctx = build.context(recipe, bank, accelerator)
     batches = data.fixed_batches(cache, max(1, 2 * recipe.train.train_batch_size), seed=recipe.seed)
     return heldout_preference(ctx, batches, against=_base_set(method, bank), device=accelerator.device,
                               weighting=getattr(recipe.likelihood, "weighting", Simple()))
@@ -298,7 +168,7 @@ def _likelihood_before(recipe: Recipe, bank: WeightBank, cache, accelerator):
     del bank
     base = WeightBank.build(load_denoiser(recipe.model, device=accelerator.device), recipe.model.lora, reads=("policy",),
                             seed=recipe.seed)
-    return _measure(recipe, _method(recipe), base, cache, accelerator)
+    return _measure(recipe, build.method_of(recipe), base, cache, accelerator)
 
 
 # --- encode, check --------------------------------------------------------------------------------------------------
@@ -306,43 +176,14 @@ def _likelihood_before(recipe: Recipe, bank: WeightBank, cache, accelerator):
 def encode(recipe: Recipe, printer: Printer = _silent) -> dict:
     """Build the cache of latents and text embeddings; several processes share the work."""
     accelerator = make_accelerator(recipe.train, Path(recipe.output_dir))
-    caches = _caches(recipe, accelerator, printer if accelerator.is_main_process else _silent)
+    caches = build.caches(recipe, accelerator, printer if accelerator.is_main_process else _silent)
     return {name: dict(cache.report) for name, cache in zip(("train", "validation"), caches) if cache is not None}
-
-
-def _caches(recipe: Recipe, accelerator, say: Printer):
-    """The caches of training and held-out data (or None), built where missing; the encoders are freed afterwards."""
-    spec, world, facts = recipe.data, world_of(accelerator), encoder_facts(recipe.model)
-    resolution = spec.resolution or facts.default_resolution
-    caches, loaded = [], []
-
-    def encoders():
-        if not loaded:
-            loaded.append(load_encoders(recipe.model, accelerator.device))
-        return loaded[0]
-
-    for part in ("train", "validation") if data.has_validation(spec) else ("train",):
-        report = data.encode(spec, encoders, cache_dir=_cache_dir(recipe), resolution=resolution, seed=recipe.seed, part=part,
-                             facts=facts, rank=world.rank, world=world.size, barrier=world.barrier,
-                             progress=accelerator.is_main_process)
-        say(report.summary())
-        for name in report.bad:
-            say(f"  skipped {name}")
-        caches.append(data.Cache(report.manifest))
-    loaded.clear()
-    if accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return (*caches, None)[:2]
-
-
-def _cache_dir(recipe: Recipe) -> Path:
-    return Path(recipe.data.cache_dir) if recipe.data.cache_dir else Path(recipe.output_dir).parent / "cache"
 
 
 def check(recipe: Recipe, printer: Printer = _silent) -> dict:
     """Counts, ties, duplicates, leakage, sizes and derived numbers; draws sample pairs. Loads no weights."""
     facts, output_dir = encoder_facts(recipe.model), Path(recipe.output_dir)
-    _check_before(recipe)
+    build.check_before(recipe)
     check_writable(output_dir)
     resolution = recipe.data.resolution or facts.default_resolution
     found = look_at(recipe.data, resolution=resolution, spatial_factor=facts.spatial_factor, seed=recipe.seed,
@@ -424,7 +265,7 @@ def _trained(recipe: Recipe) -> dict:
     """train.json of a finished run. Raises ConfigError where there is none."""
     if recipe.evaluate is None:
         raise ConfigError("evaluate: is missing; add the section, such as evaluate={prompts: prompts.txt, judge: scenes}")
-    _check_evaluate(recipe)
+    build.check_evaluate(recipe)
     path = Path(recipe.output_dir) / SUMMARY
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -481,18 +322,6 @@ def _drawing(recipe: Recipe, pipe):
         own = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
         pipe.scheduler = make_scheduler(own, spec.scheduler, spec.timestep_spacing)
     return pipe
-
-
-def _check_evaluate(recipe: Recipe) -> None:
-    """A wrong judge, prompt file or scheduler is found before training, not after."""
-    spec = recipe.evaluate
-    if spec is not None:
-        read_prompts(spec.prompts)
-        if spec.judge is not None:
-            load_reward(spec.judge)
-        folder, _ = inspect(recipe.model)
-        if spec.scheduler or spec.timestep_spacing:
-            make_scheduler(folder.config("scheduler"), spec.scheduler, spec.timestep_spacing, spec.num_inference_steps)
 
 
 # --- words ----------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class DCG:
 class GapWeight:
     """weight = min(most, gap^power): a negative power stresses near-ties, a positive one clear pairs.
 
-    After MaDPO (arXiv 2510.05342), whose weight function was not to be had: this one is ours.
+    After MaDPO (arXiv 2510.05342), whose weight function was not to be had: this one is ours. A tie weighs nothing.
     """
 
     power: float = 1.0
@@ -139,7 +139,8 @@ class GapWeight:
 
     def __call__(self, batch: Batch, b: Tensor, w: Tensor, l: Tensor) -> Label:
         gap = _gap(batch, b, w, l)
-        return _label(batch, b, gap, weight=gap.clamp(min=1e-6).pow(self.power).clamp(max=self.most))
+        weight = gap.clamp(min=1e-6).pow(self.power).clamp(max=self.most)
+        return _label(batch, b, gap, weight=torch.where(gap > 0, weight, 0.0))
 
 
 Labels = Hard | SoftTarget | SoftMargin | Offset | DCG | GapWeight

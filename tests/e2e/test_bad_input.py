@@ -206,6 +206,8 @@ TURBO = "[999, 749, 499, 249]"
     (["objective.clip=2"], ["objective.clip"]),
     (["reference={kind: moving, every: 0}"], ["reference.every"]),
     (["reference.kind=past", "model.lora=null"], ["reference", "model.lora"]),
+    (["source.kind=semi_policy", "reference={kind: moving, origin_share: 0.5}"], ["reference.origin_share", "source.weights"]),
+    (["source={kind: online, reward: scenes}", "data.random_flip=true"], ["data.random_flip"]),
     (["likelihood.sequence={kind: stratified, strata: 1}"], ["likelihood.sequence.strata"]),
     (["likelihood.noise={kind: inverted, eta: 2}"], ["likelihood.noise.eta"]),
     (["likelihood.noise.kind=invertd"], ["likelihood.noise", "inverted"]),

@@ -1,0 +1,189 @@
+"""A recipe's parts, made: what is checked beforehand, then caches, method, weight bank and source."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import data
+from .config import Recipe, check_layout
+from .data.sources import Online, Sampled, Stored
+from .errors import ConfigError
+from .evaluate.prompts import read_prompts
+from .likelihood import Transitions
+from .methods import Context, Preference, Probe
+from .models.base import Denoiser, enable_gradient_checkpointing
+from .models.load import encoder_facts, inspect, is_distilled, load_denoiser, load_encoders
+from .models.weights import WeightBank
+from .objectives import title_of
+from .objectives.sft import winners
+from .rewards import load_reward
+from .sampling.scheduler import make_scheduler
+from .train import world_of
+from .types import Memory
+
+PROBE = 64  # winners that a gated reference is measured on
+
+
+def check_before(recipe: Recipe) -> None:
+    """What can be refused from the recipe and the headers of its files, before anything is decoded or loaded."""
+    check_layout(recipe, data.detect_layout(recipe.data))
+    _check_distilled(recipe)
+    check_evaluate(recipe)
+    if isinstance(recipe.source, Online):
+        load_reward(recipe.source.reward)
+
+
+def _check_distilled(recipe: Recipe) -> None:
+    """A model that was not distilled has learned nothing of drawing in four steps; training it there would only blur it."""
+    places = (("likelihood.times", getattr(recipe.likelihood, "times", None)), ("likelihood", recipe.likelihood),
+              ("source.sampler", recipe.source.sampler))
+    name = next((name for name, part in places if getattr(part, "timesteps", None)), None)
+    if name is not None and not is_distilled(recipe.model):
+        raise ConfigError(f"{name}.timesteps: a few-step schedule, but as far as its files tell "
+                          f"{recipe.model.pretrained_model_name_or_path} was not distilled; use a model that was, name its "
+                          "LoRA in model.fuse_lora, or set model.distilled=true")
+
+
+def check_evaluate(recipe: Recipe) -> None:
+    """A wrong judge, prompt file or scheduler is found before training, not after."""
+    spec = recipe.evaluate
+    if spec is not None:
+        read_prompts(spec.prompts)
+        if spec.judge is not None:
+            load_reward(spec.judge)
+        folder, _ = inspect(recipe.model)
+        if spec.scheduler or spec.timestep_spacing:
+            make_scheduler(folder.config("scheduler"), spec.scheduler, spec.timestep_spacing, spec.num_inference_steps)
+
+
+def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
+    """The caches of training and held-out data (or None), built where missing; the encoders are freed afterwards."""
+    spec, world, facts = recipe.data, world_of(accelerator), encoder_facts(recipe.model)
+    resolution = spec.resolution or facts.default_resolution
+    caches, loaded = [], []
+
+    def encoders():
+        if not loaded:
+            loaded.append(load_encoders(recipe.model, accelerator.device))
+        return loaded[0]
+
+    for part in ("train", "validation") if data.has_validation(spec) else ("train",):
+        report = data.encode(spec, encoders, cache_dir=_cache_dir(recipe), resolution=resolution, seed=recipe.seed, part=part,
+                             facts=facts, rank=world.rank, world=world.size, barrier=world.barrier,
+                             progress=accelerator.is_main_process)
+        say(report.summary())
+        for name in report.bad:
+            say(f"  skipped {name}")
+        caches.append(data.Cache(report.manifest))
+    loaded.clear()
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return (*caches, None)[:2]
+
+
+def _cache_dir(recipe: Recipe) -> Path:
+    return Path(recipe.data.cache_dir) if recipe.data.cache_dir else Path(recipe.output_dir).parent / "cache"
+
+
+def method_of(recipe: Recipe) -> Preference:
+    return Preference.of(recipe.likelihood, recipe.objective, recipe.reference)
+
+
+def _reads(recipe: Recipe, method: Preference) -> tuple[str, ...]:
+    """The weight sets of the method and of the source that draws its candidates."""
+    return tuple(dict.fromkeys((*method.reads, *filter(None, (getattr(recipe.source, "weights", None),)))))
+
+
+def bank_of(recipe: Recipe, method: Preference, accelerator, cache) -> WeightBank:
+    """The denoiser with its weight sets. The frozen base of a LoRA is kept in the precision it is computed in."""
+    forward = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.mixed_precision, torch.float32)
+    dtype = torch.float32 if recipe.model.lora is None else forward
+    denoiser = load_denoiser(recipe.model, dtype=dtype, device=accelerator.device)
+    _attention(denoiser, recipe)
+    bank = WeightBank.build(denoiser, recipe.model.lora, reads=_reads(recipe, method), seed=recipe.seed,
+                            forward_dtype=forward, rule=recipe.reference)
+    if recipe.train.gradient_checkpointing:
+        enable_gradient_checkpointing(denoiser)
+    if getattr(recipe.reference, "gate", None) is not None:
+        bank.divergence = _divergence(recipe, cache, accelerator)
+    return bank
+
+
+def _divergence(recipe: Recipe, cache, accelerator) -> Callable[[WeightBank, str], float]:
+    """For gated references: every process measures the same winners; their mean is one number for all."""
+    size = max(1, 2 * recipe.train.train_batch_size)
+    batches = data.fixed_batches(cache, size, seed=recipe.seed)[:-(-PROBE // size)]
+    if not any(len(winners(batch)[0]) for batch in batches):
+        raise ConfigError(f"reference.gate: the first {PROBE} groups hold no winner to measure divergence on; set it to null")
+    probe = Probe(batches)
+    world = world_of(accelerator)
+
+    def measure(bank: WeightBank, name: str) -> float:
+        value = probe(context(recipe, bank, accelerator), name, device=accelerator.device)
+        return float(world.sum(torch.tensor([value], dtype=torch.float64, device=accelerator.device))) / world.size
+    return measure
+
+
+def context(recipe: Recipe, bank: WeightBank, accelerator) -> Context:
+    """For passes outside a training step."""
+    def predict(*args):
+        with accelerator.autocast():
+            return bank.predict(*args)
+
+    denoiser = bank.denoiser
+    return Context(predict=predict, process=denoiser.process, param=denoiser.param, seed=recipe.seed, step=0, memory=Memory())
+
+
+def stored_of(recipe: Recipe, cache, world) -> data.Offline:
+    """What lies on disk. Raises ConfigError when its groups are too small for the objective."""
+    spec = recipe.train
+    stored = data.Offline(cache, seed=recipe.seed, train_batch_size=spec.train_batch_size, rank=world.rank, world=world.size,
+                          gradient_accumulation_steps=spec.gradient_accumulation_steps,
+                          caption_dropout=recipe.data.caption_dropout, random_flip=recipe.data.random_flip)
+    k = recipe.source.k or stored.k
+    if k < recipe.objective.min_k:
+        raise ConfigError(f"objective: {title_of(recipe.objective)} compares {recipe.objective.min_k} candidates, but "
+                          f"{recipe.data.path} has {k} a group; use objective.kind=sft or another data set")
+    return stored
+
+
+def source_of(recipe: Recipe, stored: data.Offline, bank: WeightBank, accelerator):
+    """The source: what lies on disk, or groups that hold samples of the model."""
+    spec, device = recipe.source, accelerator.device
+    if isinstance(spec, Stored):
+        return stored
+    empty = stored.unconditional()
+
+    def draw(cond, keys, shape):
+        nothing = empty.rows(len(keys)).to(device) if spec.sampler.guidance_scale != 1 else None
+        if nothing is not None:  # the same sizes and crops as the sample's own
+            nothing = dataclasses.replace(nothing, extra=cond.to(device).extra)
+        ctx = context(recipe, bank, accelerator)
+        return tuple(x.cpu() for x in spec.sampler(ctx, spec.weights, cond.to(device), keys, shape, nothing))
+
+    return Sampled(stored, spec, draw, _score(recipe, device) if isinstance(spec, Online) else None,
+                   paths=isinstance(recipe.likelihood, Transitions))
+
+
+def _score(recipe: Recipe, device) -> Callable:
+    """Latents and prompts -> scores of the recipe's reward. The VAE stays in memory."""
+    reward, encoders = load_reward(recipe.source.reward), load_encoders(recipe.model, device)
+
+    def score(x0, prompts):
+        pictures = torch.cat([encoders.decode(part.to(device)) for part in x0.split(recipe.data.encode_batch_size)])
+        return reward(list((pictures.cpu() + 1) / 2), prompts).cpu()
+    return score
+
+
+def _attention(denoiser: Denoiser, recipe: Recipe) -> None:
+    if not recipe.train.enable_xformers_memory_efficient_attention:
+        return
+    try:
+        denoiser.module.enable_xformers_memory_efficient_attention()
+    except (ImportError, ModuleNotFoundError, ValueError) as error:
+        raise ConfigError(f"train.enable_xformers_memory_efficient_attention: xformers cannot be used here ({error}); "
+                          "run `pip install 'diffalign[xformers]'` on a machine with CUDA, or set it to false") from None
