@@ -430,11 +430,11 @@ def _cross_check(recipe: Recipe) -> None:
         raise ConfigError(f"reference.kind: past keeps {reference.keep} checkpoints in memory, which only a LoRA makes small; "
                           "set model.lora, or use reference.kind=moving")
     if isinstance(recipe.source, SemiPolicy) and recipe.source.weights == "reference" and len(reference.names) > 1:
-        raise ConfigError("reference.origin_share: samples come from one reference, but the likelihood would be measured against "
-                          "two; set it to 0, or source.weights=origin")
+        raise ConfigError("reference.origin_share: samples come from one reference, but the likelihood would be measured "
+                          "against two; set it to 0, or source.weights=origin")
     if isinstance(recipe.source, Online) and recipe.data.random_flip:
-        raise ConfigError("data.random_flip: with source.kind=online no stored picture is read, so there is none to mirror; set "
-                          "it to false")
+        raise ConfigError("data.random_flip: with source.kind=online no stored picture is read, so there is none to mirror; "
+                          "set it to false")
     if isinstance(recipe.source, Online) and recipe.data.caption_dropout:
         raise ConfigError("data.caption_dropout: a sample drawn without its prompt would be scored against it; set it to 0 "
                           "with source.kind=online")
