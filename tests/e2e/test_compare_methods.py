@@ -59,7 +59,7 @@ def test_passes_are_those_that_a_step_makes(name, overrides, k, passes):
     assert passes_per_group(recipe, k) == passes == counted(recipe, k)
 
 
-def test_the_budget_buys_a_hundred_steps_of_dpo_and_as_many_passes_of_the_others(monkeypatch, tmp_path):
+def test_the_budget_buys_75_steps_of_dpo_and_as_many_passes_of_the_others(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     plan = compare_methods.Plan.read(PLAN)
     steps = {}
@@ -68,7 +68,7 @@ def test_the_budget_buys_a_hundred_steps_of_dpo_and_as_many_passes_of_the_others
         steps[job.method] = recipe.train.max_train_steps
         assert abs(recipe.train.max_train_steps * per_step - plan.budget) <= per_step / 2
         assert recipe.data.validation is None and recipe.seed == plan.sweep_seed
-    assert steps == {"dpo": 100, "mapo": 133, "rankdpo": 100, "robust": 100}
+    assert steps == {"dpo": 75, "mapo": 100, "rankdpo": 75, "robust": 75}
 
 
 def test_the_plan_names_options_that_exist(monkeypatch, tmp_path):
