@@ -1,14 +1,17 @@
 """What has a state of its own continues exactly: moving references, past checkpoints, running means, samples of the model."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from diffalign.cli import main
 
-from .test_main_job import metrics
+from .test_main_job import apart, lora, metrics
 
 DPO = {"kind": "dpo", "beta": 500}
 WITH_STATE = {
@@ -25,14 +28,14 @@ WITH_STATE = {
 }
 
 
-def recipe(small, folder, lora=True, reference=None, source=None, likelihood=None, **sections):
+def recipe(small, folder, with_lora=True, reference=None, source=None, likelihood=None, **sections):
     """``small`` only knows sections that the base recipe has."""
     import yaml
     file = small(folder, data={"validation": None}, evaluate=None, **sections)
     tree = yaml.safe_load(file.read_text())
     given = {"reference": reference, "source": source, "likelihood": likelihood}
     tree |= {name: value for name, value in given.items() if value}
-    if not lora:
+    if not with_lora:
         tree["model"]["lora"] = None
     file.write_text(yaml.safe_dump(tree))
     return file
@@ -42,7 +45,7 @@ def recipe(small, folder, lora=True, reference=None, source=None, likelihood=Non
 def test_resume_is_exact(small, tmp_path, name):
     """Four steps; then the last checkpoint and all that follows is taken away, and steps 3 and 4 run again."""
     sections = dict(WITH_STATE[name])
-    file = recipe(small, tmp_path, lora=sections.pop("lora", True), **sections)
+    file = recipe(small, tmp_path, with_lora=sections.pop("lora", True), **sections)
     assert main(["train", str(file)]) == 0
     run = tmp_path / "run"
     before, log = load_file(run / "checkpoint-4" / "weights.safetensors"), metrics(tmp_path)
@@ -112,3 +115,32 @@ def test_a_gate_needs_winners(small, tmp_path, capsys):
     file = recipe(small, tmp_path, objective={"kind": "kto", "beta": 500}, reference={"kind": "moving", "gate": 0.5})
     assert main(["train", str(file), f"data.path={tmp_path}/all.parquet"]) == 2
     assert "reference.gate: the first 64 groups hold no winner" in capsys.readouterr().err
+
+
+TOGETHER = {"objective": {**DPO, "dynamic": 0.6}, "reference": {"kind": "moving", "every": 2, "gate": 0.5},
+            "source": {"kind": "online", "reward": "brightness", "k": 3, "sampler": {"steps": 2}},
+            "likelihood": {"sequence": {"kind": "stratified", "strata": 4}}}
+
+
+def test_neither_accumulation_nor_processes_matter(small, tmp_path):
+    """A gate, running means, places in the run and samples of the policy: four pairs at once, one by one, in two processes."""
+    runs = {"whole": {}, "accumulated": {"train_batch_size": 1, "gradient_accumulation_steps": 4},
+            "two": {"train_batch_size": 2}}
+    losses = {}
+    for name, train in runs.items():
+        (folder := tmp_path / name).mkdir()
+        file = recipe(small, folder, train=train, **TOGETHER)
+        if name == "two":
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                       "-m", "diffalign", "train", str(file)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+            assert result.returncode == 0, result.stderr[-2000:]
+        else:
+            assert main(["train", str(file)]) == 0
+        lines = [line for line in metrics(folder) if "loss" in line]
+        losses[name] = [line["loss"] for line in lines]
+        assert [line.get("reference_copied") for line in lines] == [None, 1.0, None, 1.0]
+        assert apart(lora(folder), lora(tmp_path / "whole")) < 0.02
+    assert losses["accumulated"] == pytest.approx(losses["whole"], abs=1e-4)
+    assert losses["two"] == pytest.approx(losses["whole"], abs=1e-4)
