@@ -462,6 +462,8 @@ def check_layout(recipe: Recipe, layout: str) -> None:
     objective, title = recipe.objective, objectives.title_of(recipe.objective)
     if isinstance(recipe.source, Online):  # reads prompts only
         return
+    if layout == "prompts":
+        raise ConfigError("data.layout: 'prompts' has no pictures; give preference data, or source.kind=online with a reward")
     if isinstance(recipe.source, SemiPolicy):  # winners and samples: pairs without scores
         layout = "pickapic"
     if layout == "unpaired" and objective.min_k > 1:

@@ -6,12 +6,14 @@ Layouts (``prompt`` may also be called ``caption`` or ``text``):
   pickapic_scored  jpg_0, jpg_1, score_0, score_1, caption       a reward's scores; beside label_0 only when asked for by name
   scored           prompt, images, scores (higher is better) or ranks (1 is best)
   unpaired         prompt, image, label                          1/true liked, 0/-1/false not
+  prompts          prompt alone, or a text file of one a line    for sources that draw every picture
 A picture is its bytes, {"bytes", "path"}, or a path inside the data set's folder; column names may end in ``_file_name``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -19,9 +21,11 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from .. import rng
 from ..errors import DataError
@@ -246,6 +250,18 @@ def _unpaired(columns: dict, picture: Callable) -> tuple[list, tuple, None]:
     return [picture(_get(columns, "image"), "image")], (1.0 if label > 0 else -1.0,), None
 
 
+def _prompts(columns: dict, picture: Callable) -> tuple[list, tuple, None]:
+    """A grey picture stands in for those that will be drawn, so that a prompt has its place in the cache and in the order."""
+    return [picture(_placeholder(), "prompt")], (1.0,), None
+
+
+@cache
+def _placeholder() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(file, "PNG")
+    return file.getvalue()
+
+
 @dataclass(frozen=True)
 class _Layout:
     """needs: the columns that tell it; the last may be called by any of the names in a tuple."""
@@ -266,11 +282,14 @@ LAYOUTS = {
     "scored": _Layout(("images", ("scores", "ranks"), PROMPTS), _scored),
     "pickapic_scored": _Layout(("jpg_0", "jpg_1", "score_0", "score_1", PROMPTS), _pickapic_scored),
     "unpaired": _Layout(("image", "label", PROMPTS), _unpaired),
+    "prompts": _Layout((PROMPTS,), _prompts),
 }
 
 
 def _layout(spec: DataSpec, columns: dict, record: dict, part: str) -> str:
     wanted = LAYOUTS if spec.layout == "auto" else {spec.layout: LAYOUTS[spec.layout]}
+    if spec.layout == "auto" and not set(columns) <= set(PROMPTS):  # a prompt beside unknown columns is likely a mistake
+        wanted = {name: layout for name, layout in LAYOUTS.items() if name != "prompts"}
     for name, layout in wanted.items():
         if layout.fits(columns):
             return name
@@ -376,7 +395,9 @@ def _records(spec: DataSpec, part: str) -> Iterator[tuple[int, str, Path | None,
     if root is not None and not os.path.isdir(root):  # Path.is_dir raises on a name that is too long
         raise DataError(f"data.image_root: {root} is no folder")
     root = None if root is None else root.resolve()
-    if table is not None and table.suffix in (".jsonl", ".ndjson", ".json"):
+    if table is not None and table.suffix == ".txt":
+        records = _text_lines(table)
+    elif table is not None and table.suffix in (".jsonl", ".ndjson", ".json"):
         records = _json_lines(table) if table.suffix != ".json" else _json_list(table)
     else:
         records = _library(path, table, split, spec)
@@ -399,6 +420,23 @@ def _table(path: Path, split: str) -> Path | None:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({_reason(error)})") from None
     return named[0] if named else None
+
+
+def _text_lines(path: Path) -> Iterator[tuple[str, dict | DataError]]:
+    """One prompt a line; empty lines are skipped."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path.name} line {number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                except UnicodeDecodeError:
+                    yield where, DataError(f"{where}: not UTF-8 text")
+                    continue
+                if text:
+                    yield where, {"prompt": text}
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({_reason(error)})") from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict | DataError]]:
@@ -453,7 +491,7 @@ def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
     folder = Path(path)
     if table is not None:
         if table.suffix not in BUILDERS:
-            raise DataError(f"{path}: unknown kind of file; parquet, arrow, csv, json and jsonl are read")
+            raise DataError(f"{path}: unknown kind of file; parquet, arrow, csv, json, jsonl and txt (prompts) are read")
         if table.suffix == ".parquet" and pq.read_metadata(table).num_rows == 0:
             return ()  # the library's reader fails on a table without row groups
         return _undecoded(datasets.load_dataset(BUILDERS[table.suffix], data_files=str(table), split="train",

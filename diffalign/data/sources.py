@@ -38,7 +38,8 @@ class SemiPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class Online:
-    """``k`` samples of the current model for each prompt, ranked by a reward; of the data set only the prompts are read.
+    """``k`` samples of the current model for each prompt, ranked by a reward; of the data set only the prompts are read, so a
+    text file of prompts will do.
 
     reward: name of a reward. The group's best and worst are what BestWorst pairs; equal scores give no pair.
     """
@@ -55,6 +56,11 @@ class Online:
 
 SourceSpec = Stored | SemiPolicy | Online
 SOURCES = {"stored": Stored, "semi_policy": SemiPolicy, "online": Online}
+
+def _drawn(name: str, x: Tensor) -> Tensor:
+    """SDXL's sizes as its pipeline has them for a picture it draws: (height, width, 0, 0, height, width) of the target."""
+    return torch.cat([x[..., 4:6], torch.zeros_like(x[..., 2:4]), x[..., 4:6]], dim=-1) if name == "time_ids" else x
+
 
 Draw = Callable[[Cond, Tensor, tuple[int, ...]], tuple[Tensor, Tensor]]
 Score = Callable[[Tensor, Sequence[str]], Tensor]
@@ -99,7 +105,7 @@ class Sampled:
 
     def _ranked(self, batch: Batch, prompts: Sequence[str]) -> Batch:
         k = self.spec.k
-        cond = replace(batch.cond, extra={name: x[:, :1].repeat(1, k, *[1] * (x.dim() - 2))
+        cond = replace(batch.cond, extra={name: _drawn(name, x[:, :1]).repeat(1, k, *[1] * (x.dim() - 2))
                                           for name, x in batch.cond.extra.items()})
         x0, states = self._samples(batch, cond, k)
         texts = [prompt for prompt in prompts for _ in range(k)]

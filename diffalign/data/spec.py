@@ -30,7 +30,7 @@ class DataSpec:
     split: str = "train"
     name: str | None = None
     revision: str | None = None
-    layout: Literal["auto", "pickapic", "pickapic_scored", "chosen_rejected", "scored", "unpaired"] = "auto"
+    layout: Literal["auto", "pickapic", "pickapic_scored", "chosen_rejected", "scored", "unpaired", "prompts"] = "auto"
     image_root: str | None = None
     streaming: bool = False
     max_train_samples: int | None = None

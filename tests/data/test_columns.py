@@ -11,6 +11,7 @@ import datasets
 import pytest
 
 from diffalign.data.columns import Tally, normalised, read_rows
+from diffalign.data.spec import DataSpec
 from diffalign.errors import DataError
 
 from .toy import jsonl, pairs, picture, spec
@@ -137,10 +138,10 @@ def test_empty(tmp_path, content):
 
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "d.parquet").write_bytes(b"PAR1 not")
-    (tmp_path / "d.txt").write_text("x")
+    (tmp_path / "d.md").write_text("x")
     (tmp_path / "d.json").write_text("{")
     (tmp_path / "nothing").mkdir()
-    for path, words in ((tmp_path / "d.parquet", "cannot be read as a data set"), (tmp_path / "d.txt", "unknown kind of file"),
+    for path, words in ((tmp_path / "d.parquet", "cannot be read as a data set"), (tmp_path / "d.md", "unknown kind of file"),
                         (tmp_path / "d.json", "no JSON file"), (tmp_path / "absent.parquet", "no such file or folder"),
                         (tmp_path / "nothing", "cannot be read as a data set"), ("absent.parquet", "no such file"),
                         ("../x/y", "no such file"), (tmp_path / "no" / "such", "no such file")):
@@ -242,3 +243,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 def test_reading_a_recipe_needs_no_torch():
     program = "import sys, diffalign.data; diffalign.data.DataSpec(path='x'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_prompts_alone(tmp_path):
+    """A text file, or a table with nothing but prompts; beside other columns a prompt is not enough unless asked for."""
+    (tmp_path / "p.txt").write_bytes("\ufeffa red ring\n\n  a blue disc \n".encode() + b"\xff\n")
+    rows = list(read_rows(DataSpec(path=str(tmp_path / "p.txt"), bad_rows="skip"), tally := Tally()))
+    assert [row.prompt for row in rows] == ["a red ring", "a blue disc"] and tally.layout == "prompts"
+    assert [len(row.images) for row in rows] == [1, 1] and tally.bad == ["p.txt line 4: not UTF-8 text"]
+    assert rows[0].images[0].data == rows[1].images[0].data  # one stand-in, encoded once
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a ring", "id": 3}))
+    with pytest.raises(DataError, match="no preference column"):
+        list(read_rows(DataSpec(path=str(tmp_path / "p.jsonl")), Tally()))
+    assert next(read_rows(DataSpec(path=str(tmp_path / "p.jsonl"), layout="prompts"), Tally())).prompt == "a ring"

@@ -144,3 +144,11 @@ def test_neither_accumulation_nor_processes_matter(small, tmp_path):
         assert apart(lora(folder), lora(tmp_path / "whole")) < 0.02
     assert losses["accumulated"] == pytest.approx(losses["whole"], abs=1e-4)
     assert losses["two"] == pytest.approx(losses["whole"], abs=1e-4)
+
+
+def test_a_text_file_of_prompts_is_enough_online(small, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red ring on a blue background\na green disc on a white background\n" * 3)
+    file = recipe(small, tmp_path, **WITH_STATE["online"])
+    assert main(["train", str(file), f"data.path={tmp_path}/prompts.txt", "train.max_train_steps=2"]) == 0
+    assert main(["train", str(file), f"data.path={tmp_path}/prompts.txt", "source=stored", f"output_dir={tmp_path}/no"]) == 2
+    assert "has no pictures" in capsys.readouterr().err
