@@ -21,6 +21,7 @@ class Stored:
 
     k: int | None = None  # as many as the data has
     sampler = None
+    drawn = 0  # candidates of a group that the model draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class SemiPolicy:
     sampler: Sampler = Sampler()
     weights: Literal["reference", "origin", "current"] = "reference"
     k = 2
+    drawn = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,14 @@ class Online:
         if not 2 <= self.k <= 1024:
             raise ValueError(f"k must be at least 2 and at most 1024, got {self.k}")
 
+    @property
+    def drawn(self) -> int:
+        return self.k
+
 
 SourceSpec = Stored | SemiPolicy | Online
 SOURCES = {"stored": Stored, "semi_policy": SemiPolicy, "online": Online}
+
 
 def _drawn(name: str, x: Tensor) -> Tensor:
     """SDXL's sizes as its pipeline has them for a picture it draws: (height, width, 0, 0, height, width) of the target."""

@@ -23,8 +23,8 @@ def passes_per_group(recipe, candidates: int) -> int:
     else:
         draws, inversion = estimator.draws, estimator.noise.forwards
     forwards = 1 + BACKWARD + len({*method.reads} - {"policy"}) + inversion
-    drawn = {"SemiPolicy": 1, "Online": source.k}.get(type(source).__name__, 0)
-    return (source.k or candidates) * draws * forwards + (drawn * source.sampler.forwards if drawn else 0)
+    sampling = source.drawn * source.sampler.forwards if source.drawn else 0
+    return (source.k or candidates) * draws * forwards + sampling
 
 
 def groups_per_step(recipe) -> int:

@@ -14,7 +14,6 @@ from typing import Literal
 class Frozen:
     """The model that training starts from, throughout."""
 
-    every = 0
     moves = False
     needs_origin = False
 

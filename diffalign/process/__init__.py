@@ -4,7 +4,6 @@ from .gaussian import Process, RectifiedFlow, VariancePreserving
 from .noise import CURRENT, Independent, Inverted, NoisePlan, ReNoised, Shared, draw_keys
 from .parameterization import X0, Eps, Parameterization, V, Velocity
 from .sequences import Antithetic, LowDiscrepancy, Random, Sequence, Stratified
-from .solver import deterministic_step
 from .times import Discrete, Geometric, LogitNormal, Mixture, Times, Uniform
 
 NOISES = {"shared": Shared, "independent": Independent, "inverted": Inverted, "renoised": ReNoised}
@@ -14,4 +13,4 @@ SEQUENCES = {"random": Random, "stratified": Stratified, "antithetic": Antitheti
 __all__ = ["CURRENT", "NOISES", "SEQUENCES", "TIMES", "Antithetic", "Discrete", "Eps", "Geometric", "Independent", "Inverted",
            "LogitNormal", "LowDiscrepancy", "Mixture", "NoisePlan", "Parameterization", "Process", "Random", "ReNoised",
            "RectifiedFlow", "Sequence", "Shared", "Stratified", "Times", "Uniform", "V", "VariancePreserving", "Velocity",
-           "X0", "deterministic_step", "draw_keys"]
+           "X0", "draw_keys"]

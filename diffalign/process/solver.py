@@ -21,20 +21,14 @@ def move(process, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return like(alpha, x0) * x0 + like(sigma, x0) * eps
 
 
-def deterministic_step(ctx, x: Tensor, raw: Tensor, t: Tensor, to: Tensor) -> Tensor:
-    """DDIM with eta 0 (Song et al. 2020) from level t to level ``to`` [N]; on a rectified flow it is Euler's step.
-
-    x, raw: [N, *S], the latent and the prediction at t. ctx: ``process`` and ``param``. Works towards noise as well.
-    """
-    here = at(ctx.process, x, t)
-    return move(ctx.process, ctx.param.to_x0(raw, here), ctx.param.to_eps(raw, here), to)
-
-
 def stochastic_step(ctx, x: Tensor, raw: Tensor, t: Tensor, to: Tensor, solver: str) -> tuple[Tensor, Tensor]:
-    """Mean [N, *S] and standard deviation [N] of the Gaussian transition from level t to the lower level ``to``.
+    """Mean [N, *S] and standard deviation [N] of the Gaussian transition from level t to the level ``to``, both [N].
+
+    x, raw: [N, *S], the latent and the prediction at t. ctx: ``process`` and ``param``.
 
     mean = alpha' x0-hat + sqrt(sigma'^2 - std^2) eps-hat. lcm: std = sigma', the predicted image noised afresh. ancestral: the
-    DDPM posterior's, which is Euler-ancestral's sigma_up in VE coordinates (pso.md 2a). ddim: 0, the deterministic step.
+    DDPM posterior's, which is Euler-ancestral's sigma_up in VE coordinates (pso.md 2a). ddim: 0, DDIM with eta 0 (Song et al.
+    2020), on a rectified flow Euler's step; it works towards noise as well.
     """
     here, sigma = at(ctx.process, x, t), ctx.process.coefficients(to)[1]
     std = {"lcm": lambda: sigma, "ancestral": lambda: bridge_std(ctx.process, to, t), "ddim": lambda: 0 * sigma}[solver]()
