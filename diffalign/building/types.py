@@ -13,8 +13,8 @@ class Candidate:
     """One picture for a prompt.
 
     image: its file, relative to the data set's folder and named by the SHA-256 of its bytes, so that a picture is stored once.
-    scores: by the reward's name in the recipe; NaN where it could not score. model, seed: what drew it, None for a picture that
-    was not drawn here. facts: anything else worth keeping (an edit's instruction, a user).
+    scores: by the reward's name in the recipe; NaN where it could not score. model, seed: what drew it, None for a picture
+    that was not drawn here. facts: anything else worth keeping (an edit's instruction, a user).
     """
 
     image: str
