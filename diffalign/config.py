@@ -23,6 +23,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from . import likelihood, objectives, process, rewards
+from .building.filters import EMBEDDERS, FILTERS, QUALITIES, Embedder, Quality
+from .building.types import Filter
 from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
 from .data.spec import DataSpec
 from .errors import ConfigError
@@ -66,6 +68,9 @@ _SLOTS = {
     Reference: (REFERENCES, "frozen", None),
     rewards.Reward: (rewards.REWARDS, None, "diffalign.rewards"),
     SourceSpec: (SOURCES, "stored", None),
+    Filter: (FILTERS, None, None),
+    Embedder: (EMBEDDERS, "ngrams", None),
+    Quality: (QUALITIES, "rules", None),
 }
 
 

@@ -20,9 +20,10 @@ import numpy as np
 
 from ... import rng
 from ...data.columns import Tally, read_rows
+from ...data.images import decode
 from ...data.spec import DataSpec
 from ...errors import DataError
-from ..pictures import store
+from ..pictures import MAX_PIXELS, store
 from ..types import Candidate, Group, Kept
 from .margin import ends
 
@@ -130,7 +131,7 @@ class Curate:
             return []
         found = []
         for row in read_rows(DataSpec(path=self.real), Tally()):
-            candidates = tuple(Candidate(image=store(folder, ref.read(), ref.where)) for ref in row.images)
+            candidates = tuple(Candidate(image=store(folder, decode(ref.read(), ref.where, MAX_PIXELS))) for ref in row.images)
             name = hashlib.sha256(f"{row.prompt}|{'|'.join(c.image for c in candidates)}".encode()).hexdigest()[:16]
             group = Group(id=f"real-{row.id}-{name}", prompt=row.prompt, candidates=candidates, utility=row.utility)
             found.append(self._winner(group) if self.keep == "winner" else group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,12 @@ from PIL import Image
 
 from ... import rng
 from ...data.columns import normalised
-from ...data.images import decode
-from ...errors import DataError
+from ..pictures import fetch
 from ..types import Candidate, Group, Kept
 from .margin import ends
 
-MAX_PIXELS = 100_000_000
-SIDE, LOW, LEVELS = 32, 8, 16  # perceptual hash: thumbnail, lowest frequencies of each axis, steps of the mean colour
-SILENT = 4.0  # a coefficient below this, of a thumbnail in 0..255, is noise of a JPEG rather than a pattern
+SIDE, LOW, LEVELS = 32, (8, 4, 4), 16  # thumbnail, frequencies of each axis for luma and chroma, steps of a mean
+SILENT = 8.0  # a coefficient below this, of a thumbnail in 0..255, is noise of a JPEG rather than a pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +28,7 @@ class Duplicates:
     groups that repeat another's prompt and pair of pictures, or contradict it; groups beyond a prompt's share.
 
     same: what makes two pictures the same: equal bytes, equal pixels, or a perceptual hash (see ``perceptual_hash``) that
-    differs in at most ``distance`` of its 234 bits. contradictions: of groups with the same prompt and the same best and
+    differs in at most ``distance`` of its 138 bits. contradictions: of groups with the same prompt and the same best and
     worst picture in opposite order, keep one of the more frequent order (none when even), or "drop" all of them.
     max_groups_per_prompt: which ones stay is drawn by the seed and the groups' ids, not by their order. Prompts are compared
     without case, spacing or final full stop.
@@ -42,8 +40,8 @@ class Duplicates:
     max_groups_per_prompt: int | None = None
 
     def __post_init__(self):
-        if not 0 <= self.distance < 234:
-            raise ValueError(f"distance must lie in 0..233 bits, got {self.distance}")
+        if not 0 <= self.distance < 138:
+            raise ValueError(f"distance must lie in 0..137 bits, got {self.distance}")
         if self.max_groups_per_prompt is not None and self.max_groups_per_prompt < 1:
             raise ValueError(f"max_groups_per_prompt must be at least 1, got {self.max_groups_per_prompt}")
 
@@ -111,54 +109,42 @@ class Duplicates:
 
 
 class _Prints:
-    """What each picture is compared by, read once a file."""
+    """What each picture is compared by, made once a file."""
 
     def __init__(self, folder: Path, same: str):
-        self.folder, self.known = folder, {}
-        self.make: Callable[[bytes, str], Any] = {"bytes": _bytes, "pixels": _pixels, "perceptual": _perceptual}[same]
+        self.folder, self.same, self.known = folder, same, {}
 
     def __call__(self, candidate: Candidate) -> Any:
+        """Raises DataError for a picture that is gone or damaged."""
+        if self.same == "bytes":
+            return candidate.image  # named by the SHA-256 of its bytes
         if candidate.image not in self.known:
-            path = self.folder / candidate.image
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise DataError(f"{path}: the picture cannot be read ({error.strerror or error})") from None
-            self.known[candidate.image] = self.make(content, str(path))
+            image = fetch(self.folder, candidate.image)
+            self.known[candidate.image] = perceptual_hash(image) if self.same == "perceptual" else _pixels(image)
         return self.known[candidate.image]
 
 
-def _bytes(content: bytes, where: str) -> bytes:
-    return hashlib.sha256(content).digest()
+def _pixels(image: Image.Image) -> str:
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
-def _pixels(content: bytes, where: str) -> bytes:
-    image = decode(content, where, MAX_PIXELS)
-    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
-
-
-def _perceptual(content: bytes, where: str) -> np.ndarray:
-    return perceptual_hash(decode(content, where, MAX_PIXELS))
-
-
-def _key(print_: bytes | np.ndarray) -> bytes:
-    return print_ if isinstance(print_, bytes) else np.packbits(print_).tobytes()
+def _key(print_: str | np.ndarray) -> str:
+    return print_ if isinstance(print_, str) else np.packbits(print_).tobytes().hex()
 
 
 def perceptual_hash(image: Image.Image) -> np.ndarray:
-    """An RGB picture -> [234] bool: of each colour channel, which of the 63 lowest DCT terms (the mean apart) of a 32 x 32
-    thumbnail lie above their median (pHash, Zauner 2010), and its mean colour in 15 thresholds.
+    """An RGB picture -> [138] bool: which of the lowest DCT terms (the mean apart) of a 32 x 32 thumbnail are above 0, after
+    the idea of pHash (Zauner 2010), 63 of luma and 15 of each chroma, and the mean of each in 15 thresholds.
 
-    Channel by channel and with the mean, unlike the usual hash of the grey picture, for which a red ring and a green ring
-    are one.
+    With colour, unlike the usual hash of the grey picture, for which a red ring and a green ring are one.
     """
     from scipy.fft import dctn
 
-    thumbnail = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
+    thumbnail = np.asarray(image.convert("YCbCr").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
     bits: list[Iterable[bool]] = []
-    for channel in thumbnail.transpose(2, 0, 1):
-        low = dctn(channel, norm="ortho")[:LOW, :LOW].ravel()[1:]
-        bits += [low > np.median(low) + SILENT, channel.mean() > np.arange(1, LEVELS) * (256 / LEVELS)]
+    for channel, low in zip(thumbnail.transpose(2, 0, 1), LOW):
+        bits += [dctn(channel, norm="ortho")[:low, :low].ravel()[1:] > SILENT,
+                 channel.mean() > np.arange(1, LEVELS) * (256 / LEVELS)]
     return np.concatenate(bits)
 
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...errors import ModelError
-from ..pictures import write
+from ...data.store import write_aside
+from ...errors import ModelError, ResourceError
 
 CHUNK = 256  # prompts between two writes of remembered qualities
 
@@ -172,8 +172,17 @@ def remembered(quality: Quality, prompts: Sequence[str], folder: Path) -> np.nda
         told = {prompt: float(value) for prompt, value in zip(part, _checked(quality, part)) if math.isfinite(value)}
         if told:
             known |= told
-            write(path, (json.dumps({"identity": quality.identity(), "quality": known}, ensure_ascii=False) + "\n").encode())
+            _write(path, {"identity": quality.identity(), "quality": known})
     return np.array([known.get(prompt, math.nan) for prompt in prompts], dtype=np.float64)
+
+
+def _write(path: Path, tree: dict) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"{path.parent}: cannot be made ({error.strerror}); choose another output_dir") from None
+    content = (json.dumps(tree, ensure_ascii=False, sort_keys=True) + "\n").encode()
+    write_aside(path, content, "the text qualities", "choose an output_dir on another disk")
 
 
 def _read(path: Path) -> dict[str, float]:
