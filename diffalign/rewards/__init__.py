@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from ..redact import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,11 +47,25 @@ def _compressibility(**options) -> Reward:
     return Compressibility(**options)
 
 
+def _remote(**options) -> Reward:
+    from .remote import RemoteReward
+
+    return RemoteReward(**options)
+
+
+def _vlm(**options) -> Reward:
+    from .remote import VLMJudge
+
+    return VLMJudge(**options)
+
+
 REWARDS: dict[str, Callable[..., Reward]] = {
     "scenes": _scenes,
     "brightness": _brightness,
     "colourfulness": _colourfulness,
     "compressibility": _compressibility,
+    "remote": _remote,
+    "vlm": _vlm,
 }
 
 
@@ -68,7 +83,7 @@ def load_reward(name: str, **options) -> Reward:
     try:
         return build(**options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f'reward "{name}" refuses its options {options}: {error}') from error
+        raise ConfigError(f'reward "{name}" refuses its options {redact(str(options))}: {error}') from error
 
 
 def _plugins() -> dict[str, EntryPoint]:
