@@ -1,4 +1,4 @@
-"""What diffalign does not have: a link, an objective, a label, three rewards. Recipes know them by the names in pyproject.toml."""
+"""A link, an objective, a label and three rewards of a third party; recipes know them by the names in pyproject.toml."""
 
 from __future__ import annotations
 
