@@ -4,14 +4,15 @@
     diffalign.run.train(recipe, printer=print)
     report = diffalign.run.evaluate(recipe)
 
-``run`` holds what the command line does: train, encode, check, evaluate, grid.
+``run`` holds what the command line does: train, encode, check, evaluate, grid. ``load_reward("scenes")`` gives what it
+scores with.
 """
 
 from importlib import import_module as _import
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"Recipe": "config", "load_recipe": "config", "UserError": "errors"}
+_PUBLIC = {"Recipe": "config", "load_recipe": "config", "load_reward": "config", "UserError": "errors"}
 __all__ = [*_PUBLIC, "run", "__version__"]
 
 

@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="a recipe, such as configs/quickstart.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value",
                              help="options by path, such as train.learning_rate=1e-5")
+        command.add_argument("--rewards-from", metavar="FILE.py", action="append", default=[],
+                             help="make the rewards of a Python file of yours known under their names (it is run)")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -67,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             _quiet_libraries()
             from . import run  # here, so that --help needs no torch
-            from .config import load_recipe
+            from .config import load_recipe, rewards_from
+            for file in args.rewards_from:
+                rewards_from(file)
             getattr(run, args.command)(load_recipe(args.config, args.overrides), printer=print)
             return 0
         except UserError as error:

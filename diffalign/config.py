@@ -11,6 +11,8 @@ import dataclasses
 import difflib
 import math
 import re
+import runpy
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from . import likelihood, objectives, process
+from . import likelihood, objectives, process, rewards
 from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
 from .data.spec import DataSpec
 from .errors import ConfigError
@@ -62,6 +64,7 @@ _SLOTS = {
     process.Times: (process.TIMES, "uniform", None),
     process.Sequence: (process.SEQUENCES, "random", None),
     Reference: (REFERENCES, "frozen", None),
+    rewards.Reward: (rewards.REWARDS, None, "diffalign.rewards"),
     SourceSpec: (SOURCES, "stored", None),
 }
 
@@ -85,13 +88,46 @@ def build_recipe(tree: dict) -> Recipe:
     return recipe
 
 
+def load_reward(spec: str | dict) -> rewards.Reward:
+    """A reward by its kind, ``"scenes"``, or by kind and options, ``{"kind": "compressibility", "quality": 80}``; its weights
+    are loaded when it is first called. Raises ConfigError for an unknown kind or option.
+    """
+    return _slot(rewards.Reward, spec, "reward")
+
+
+def rewards_from(path: str | Path) -> list[str]:
+    """Make the rewards of a Python file known under their names; returns those. Runs the file: for files that the user names.
+
+    A reward there is a frozen dataclass with ``name``, ``differentiable`` and ``__call__``. Raises ConfigError for a file that
+    cannot be run or holds none, and for a name that is taken.
+    """
+    try:
+        found = runpy.run_path(str(path), run_name=Path(path).stem)
+    except (Exception, SystemExit) as error:  # a stranger's file may fail in any way
+        raise ConfigError(f"{path}: cannot be run for its rewards ({type(error).__name__}: {_first_line(error)})") from None
+    module = types.ModuleType(Path(path).stem)  # annotations are looked up in the module a class names as its own
+    module.__dict__.update(found)
+    sys.modules.setdefault(module.__name__, module)
+    own = {cls.name: cls for cls in found.values() if isinstance(cls, type) and cls.__module__ == module.__name__
+           and isinstance(getattr(cls, "name", None), str) and _unfit(cls, _NEEDED["diffalign.rewards"]) is None}
+    if not own:
+        raise ConfigError(f"{path}: holds no reward; one is a frozen dataclass with name, differentiable and __call__")
+    taken = [name for name in own if name in rewards.REWARDS]
+    if taken:
+        raise ConfigError(f"{path}: there is a reward called '{taken[0]}' already; choose another name")
+    rewards.REWARDS.update(own)
+    return sorted(own)
+
+
 def as_tree(value) -> object:
     """The plain tree that builds ``value`` again: dataclasses become mappings, with ``kind`` where the slot needs one."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: as_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
         kind = _kind_of(type(value))
         return fields if kind is None else {"kind": kind, **fields}
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, (tuple, list)):
+        return [as_tree(item) for item in value]
+    return {name: as_tree(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def dump(recipe: Recipe) -> str:
@@ -245,7 +281,33 @@ def _value(annotation, value: object, path: str):
     for candidate in (inner, annotation):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
             return _build(candidate, _without_kind(value, candidate), path)
+        if _part(candidate) is not None:
+            return _several(candidate, value, path)
     return _leaf(annotation, value, path)
+
+
+def _part(annotation):
+    """``X`` of ``tuple[X, ...]`` or ``dict[str, X]`` where X is a slot or a section; else None."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
+        part = arguments[0]
+    elif typing.get_origin(annotation) is dict:
+        part = arguments[1]
+    else:
+        return None
+    return part if part in _SLOTS or isinstance(part, type) and dataclasses.is_dataclass(part) else None
+
+
+def _several(annotation, value: object, path: str):
+    """A list of slots or sections, or a mapping of names to them."""
+    part = _part(annotation)
+    if typing.get_origin(annotation) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path}: expected a list, got {_show(value)}")
+        return tuple(_value(part, item, f"{path}.{number}") for number, item in enumerate(value))
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected names with their options, such as {{a: ...}}, got {_show(value)}")
+    return {name: _value(part, item, _join(path, name)) for name, item in value.items()}
 
 
 def _slot(annotation, value: object, path: str):
@@ -262,12 +324,14 @@ def _slot(annotation, value: object, path: str):
     if cls is None and group is not None and isinstance(kind, str):
         cls = _plugin(group, kind, path)
     if cls is None:
-        raise ConfigError(f"{path}.kind: no {path.rsplit('.', 1)[-1]} called {_show(kind)}."
+        noun = getattr(annotation, "__name__", path.rsplit(".", 1)[-1]).lower()
+        raise ConfigError(f"{path}.kind: no {noun} called {_show(kind)}."
                           f"{_did_you_mean(str(kind), kinds)} Known: {', '.join(kinds)}.")
     return _build(cls, {k: v for k, v in value.items() if k != "kind"}, path, lead=("kind",))
 
 
-_NEEDED = {"diffalign.objectives": ("reference_free", "min_k")}  # what the loop asks an objective for
+_NEEDED = {"diffalign.objectives": ("reference_free", "min_k"),  # what the loop asks an objective for
+           "diffalign.rewards": ("name", "differentiable")}
 
 
 def _kinds(table: dict[str, type], group: str | None) -> list[str]:
@@ -315,7 +379,8 @@ def _unfit(cls: object, needed: tuple[str, ...]) -> str | None:
 def _is_option(annotation) -> bool:
     """Whether ``_value`` knows what to do with a field of this type."""
     inner = _optional(annotation)
-    if any(known in _SLOTS or isinstance(known, type) and dataclasses.is_dataclass(known) for known in (annotation, inner)):
+    if any(known in _SLOTS or isinstance(known, type) and dataclasses.is_dataclass(known) or _part(known) is not None
+           for known in (annotation, inner)):
         return True
     try:
         TypeAdapter(annotation)

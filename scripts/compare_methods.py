@@ -40,7 +40,6 @@ from diffalign.evaluate.prompts import read_prompts
 from diffalign.evaluate.sides import Side, draw_side, pair_margins
 from diffalign.models.load import encoder_facts, load_denoiser, load_encoders, load_pipeline, model_identity
 from diffalign.models.lora import load as load_lora
-from diffalign.rewards import load_reward
 from diffalign.train.guard import Preempted
 
 STAGES, SEED = ("sweep", "final", "noise"), 0  # SEED: of pictures, held-out draws, label flips and bootstraps
@@ -231,7 +230,7 @@ def tools(common: str, cache_dir: Path, validation: str):
     spec, facts = replace(recipe.data, path=validation, validation=None), encoder_facts(recipe.model)
     report = data.encode(spec, lambda: load_encoders(recipe.model), cache_dir=cache_dir, facts=facts, seed=SEED,
                          resolution=spec.resolution or facts.default_resolution, progress=False)
-    return (load_pipeline(recipe.model), load_denoiser(recipe.model), load_reward(recipe.evaluate.judge),
+    return (load_pipeline(recipe.model), load_denoiser(recipe.model), recipe.evaluate.judge,
             data.fixed_batches(data.Cache(report.manifest), 16, seed=SEED))
 
 

@@ -2,8 +2,7 @@
 
     python scripts/serve_reward.py compressibility --port 8000 quality=90
 
-and elsewhere: kind remote, url http://127.0.0.1:8000/. It listens on loopback only and asks for no key: bring the port to
-another machine with a tunnel (ssh -N -L 8000:127.0.0.1:8000 HOST).
+and elsewhere: kind remote, url http://127.0.0.1:8000/. Loopback only, no key: tunnel the port to another machine (ssh -L).
 """
 
 import argparse
@@ -13,11 +12,11 @@ import json
 import math
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-import yaml
 from PIL import Image
 
+from diffalign.config import apply_override, load_reward
 from diffalign.errors import UserError
-from diffalign.rewards import load_reward
+from diffalign.rewards import judged
 
 LARGEST = 256_000_000  # bytes of a request
 
@@ -25,8 +24,8 @@ LARGEST = 256_000_000  # bytes of a request
 def answer(reward, question: dict) -> dict:
     pictures = question["pictures"]
     images = [Image.open(io.BytesIO(base64.b64decode(p["png"], validate=True)), formats=("PNG",)) for p in pictures]
-    rows = zip(pictures, reward(images, [p["prompt"] for p in pictures]).tolist(), strict=True)
-    return {"scores": [{"id": p["id"], "score": s if math.isfinite(s) else None} for p, s in rows]}
+    scores = judged(reward, images, [p["prompt"] for p in pictures]).tolist()
+    return {"scores": [{"id": p["id"], "score": None if math.isnan(s) else s} for p, s in zip(pictures, scores)]}
 
 
 def main() -> None:
@@ -36,15 +35,17 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_intermixed_args()
     try:
-        reward = load_reward(args.reward, **{o.partition("=")[0]: yaml.safe_load(o.partition("=")[2]) for o in args.options})
+        spec = {"kind": args.reward}
+        for option in args.options:
+            apply_override(spec, option)
+        reward = load_reward(spec)
     except UserError as error:
         parser.error(str(error))  # exits with 2
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             try:
-                length = int(self.headers.get("Content-Length", 0))
-                if not 0 < length <= LARGEST:
+                if not 0 < (length := int(self.headers.get("Content-Length", 0))) <= LARGEST:
                     raise ValueError(f"a request has 1 to {LARGEST} bytes")
                 status, reply = 200, answer(reward, json.loads(self.rfile.read(length)))
             except (ValueError, LookupError, TypeError, OSError, UserError) as error:

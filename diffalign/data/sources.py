@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..objectives.sft import winners
+from ..rewards import Reward
 from ..sampling.latents import Sampler
 from ..types import Batch, Cond
 from .offline import Offline
@@ -43,10 +44,10 @@ class Online:
     """``k`` samples of the current model for each prompt, ranked by a reward; of the data set only the prompts are read, so a
     text file of prompts will do.
 
-    reward: name of a reward. The group's best and worst are what BestWorst pairs; equal scores give no pair.
+    reward: what ranks the samples. The group's best and worst are what BestWorst pairs; equal scores give no pair.
     """
 
-    reward: str
+    reward: Reward
     k: int = 2
     sampler: Sampler = Sampler()
     weights: Literal["current", "reference", "origin"] = "current"

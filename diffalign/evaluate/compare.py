@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .. import rng
 from ..errors import ConfigError, DataError
-from ..rewards.base import Reward
+from ..rewards.base import Reward, judged
 from ..rewards.rules import Brightness, Colourfulness, Compressibility
 from ..sampling.generate import generate, picture_seed
 from .spec import EvaluateSpec
@@ -110,7 +110,7 @@ def compare(base, aligned, prompts: Sequence[str], judge: Reward | None, spec: E
             for s, images in enumerate(pictures):
                 statistics[s, :, rows] = picture_statistics(images, texts).reshape(-1, *shape)
                 if judge is not None:
-                    scores[s, rows] = judge_scores(judge, images, texts).reshape(shape)
+                    scores[s, rows] = judged(judge, images, texts).numpy().reshape(shape)
             kept.offer(start, texts, numbers, pictures, scores[:, rows].reshape(2, -1), spec.seeds)
     result = _judged(scores, judge, spec)
     best, worst = kept.extremes_of() if judge is not None else ([], [])
@@ -190,14 +190,6 @@ def _drawn(draw: Draw, texts: list[str], seeds: list[int], bar) -> list[Image.Im
         raise ValueError(f"{len(images)} pictures came back for {len(texts)} prompts")
     bar.update(len(images))
     return images
-
-
-def judge_scores(judge: Reward, images: list[Image.Image], texts: list[str]) -> np.ndarray:
-    """[pictures] float32, NaN where the judge cannot score."""
-    scores = judge(images, texts).detach().float().cpu().numpy()
-    if scores.shape != (len(images),):
-        raise ValueError(f'reward "{judge.name}" gave scores of shape {scores.shape} for {len(images)} pictures')
-    return np.where(np.isfinite(scores), scores, np.nan)
 
 
 def picture_statistics(images: list[Image.Image], texts: list[str]) -> np.ndarray:

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from ..methods.base import Context
-from ..rewards.base import Reward
+from ..rewards.base import Reward, judged
 from ..types import Batch, Memory
-from .compare import STATISTICS, Drift, as_draw, drift_of, judge_scores, picture_seeds, picture_statistics
+from .compare import STATISTICS, Drift, as_draw, drift_of, picture_seeds, picture_statistics
 from .files import write
 from .preference import Margins, measure
 from .spec import EvaluateSpec
@@ -78,7 +78,7 @@ def draw_side(model, prompts: Sequence[str], judge: Reward, spec: EvaluateSpec) 
         texts = [prompt for prompt in prompts[rows] for _ in range(spec.seeds)]
         images = draw(texts, seeds[rows].ravel().tolist())
         shape = seeds[rows].shape
-        scores[rows] = judge_scores(judge, images, texts).reshape(shape)
+        scores[rows] = judged(judge, images, texts).numpy().reshape(shape)
         statistics[:, rows] = picture_statistics(images, texts).reshape(-1, *shape)
         if spec.seeds > 1:
             spread[rows] = [_spread(images[i:i + spec.seeds]) for i in range(0, len(images), spec.seeds)]

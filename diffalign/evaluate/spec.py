@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..rewards import Reward
+
 LARGEST = 1_000_000  # of any count: far beyond any use, far below what overflows an index
 
 
@@ -12,7 +14,7 @@ LARGEST = 1_000_000  # of any count: far beyond any use, far below what overflow
 class EvaluateSpec:
     """Base beside aligned, same prompts, same seeds, judged by a reward.
 
-    prompts: text file, one prompt a line. judge: name of a reward (``diffalign.rewards``); null draws pictures only.
+    prompts: text file, one prompt a line. judge: a reward; null draws pictures only.
     seeds: pictures per prompt and model; the interval is a bootstrap over prompts. seed: null takes the run's.
     grid_prompts: rows of grid.png, drawn at random.
 
@@ -21,7 +23,7 @@ class EvaluateSpec:
     """
 
     prompts: str
-    judge: str | None = None
+    judge: Reward | None = None
     seeds: int = 1
     seed: int | None = None
     num_inference_steps: int = 30

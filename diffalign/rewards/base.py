@@ -2,27 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import DataError
+
 
 class Reward(Protocol):
-    """images: N pictures, prompts: N texts -> [N] float32, higher is better.
+    """images: N pictures, prompts: N texts -> [N] float32, higher is better. A frozen dataclass whose fields are its options.
 
     NaN means "could not score", never 0. No side effects: the same picture has the same score, alone or in a batch.
-    t: [N] noise levels for rewards that read noisy latents; the others ignore it. differentiable: whether gradients reach
-    the pictures when they are a float tensor.
+    differentiable: whether gradients reach the pictures when they are float tensors [3, H, W] in [0, 1]. columns: names of
+    what it reads besides picture and prompt, handed over as keyword lists of N values (a user's name, say).
+
+    Making one is cheap; weights are loaded when it is first called. Two methods may be left out: ``check()`` raises a
+    UserError for what is wrong with its options without loading weights, ``identity()`` gives JSON-ready facts that pin its
+    numbers (model, revision, hash of the weights, scale).
     """
 
-    name: str
-    differentiable: bool
+    name: ClassVar[str]
+    differentiable: ClassVar[bool]
+    columns: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(self, images: Any, prompts: Sequence[str], t: Any = None) -> Tensor: ...
+    def __call__(self, images: Any, prompts: Sequence[str], **columns: Sequence) -> Tensor: ...
+
+
+def judged(reward: Reward, images: Sequence[Any], prompts: Sequence[str],
+           columns: Mapping[str, Sequence] | None = None) -> Tensor:
+    """The reward's scores as everything else reads them: [N] float32 on the CPU, without gradient, infinities as NaN.
+
+    columns: further columns of the pictures' rows; the reward is given those it names. Raises DataError when one is missing,
+    ValueError when the reward breaks its promise of one number per picture.
+    """
+    missing = [name for name in columns_of(reward) if name not in (columns or {})]
+    if missing:
+        raise DataError(f'reward "{reward.name}" reads a column "{missing[0]}" beside picture and prompt, and there is none')
+    with torch.no_grad():
+        scores = reward(images, prompts, **{name: columns[name] for name in columns_of(reward)})
+    scores = torch.as_tensor(scores).detach().float().cpu()
+    if scores.shape != (len(prompts),):
+        raise ValueError(f'reward "{reward.name}" gave scores of shape {tuple(scores.shape)} for {len(prompts)} pictures')
+    return torch.where(scores.isfinite(), scores, torch.nan)
+
+
+def columns_of(reward: Reward) -> tuple[str, ...]:
+    return tuple(getattr(reward, "columns", ()))
+
+
+def check(reward: Reward) -> None:
+    """Raises a UserError for what is wrong with a reward's options, as far as can be told without loading weights."""
+    if hasattr(reward, "check"):
+        reward.check()
+
+
+def identity(reward: Reward) -> dict[str, Any]:
+    """JSON-ready facts that pin the reward's numbers; at least its name."""
+    return {"name": reward.name, **(reward.identity() if hasattr(reward, "identity") else {})}
 
 
 def pixels(image: Any) -> Tensor:

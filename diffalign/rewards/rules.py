@@ -24,7 +24,7 @@ class Brightness:
     name = "brightness"
     differentiable = True
 
-    def __call__(self, images: Any, prompts: Sequence[str], t: Any = None) -> Tensor:
+    def __call__(self, images: Any, prompts: Sequence[str]) -> Tensor:
         return score_each(self._one, images, prompts)
 
     def _one(self, image: Any) -> Tensor:
@@ -39,7 +39,7 @@ class Colourfulness:
     name = "colourfulness"
     differentiable = True
 
-    def __call__(self, images: Any, prompts: Sequence[str], t: Any = None) -> Tensor:
+    def __call__(self, images: Any, prompts: Sequence[str]) -> Tensor:
         return score_each(self._one, images, prompts)
 
     def _one(self, image: Any) -> Tensor:
@@ -61,7 +61,7 @@ class Compressibility:
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must lie in 1..100, got {self.quality}")
 
-    def __call__(self, images: Any, prompts: Sequence[str], t: Any = None) -> Tensor:
+    def __call__(self, images: Any, prompts: Sequence[str]) -> Tensor:
         return score_each(self._one, images, prompts)
 
     def _one(self, image: Any) -> float:

@@ -317,9 +317,9 @@ class SceneChecker:
     differentiable = False
     name = "scenes"
 
-    def __call__(self, images: Any, prompts: Sequence[str], t: Any = None) -> Tensor:
+    def __call__(self, images: Any, prompts: Sequence[str]) -> Tensor:
         """Scores, float32 [N]. `images`: N pictures as a list, or as one array or tensor [N, 3, H, W]: uint8, or
-        float tensors in [0, 1]. NaN where a prompt is not a scene caption; `t` is ignored: only clean pictures are read.
+        float tensors in [0, 1]. NaN where a prompt is not a scene caption.
         """
         import torch
 

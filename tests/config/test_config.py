@@ -100,13 +100,13 @@ def test_options_that_look_alike_and_have_one(path):
 
 def test_betas_are_told_in_one_unit(path):
     """diffusion_kto.md 2c: KTO's beta acts per sample like a DPO beta of twice its size: 5000 is kappa 5000."""
-    from diffalign.run import _betas
+    from diffalign.run.words import betas
     for objective, words in (("{kind: dpo, beta: 5000}", "factor 1/2) = kappa 2500 "),
                              ("{kind: kto, beta: 5000}", "factor 1) = kappa 5000 "),
                              ("{kind: regularized, objective: {kind: kto, beta: 1000}}", "factor 1) = kappa 1000 ")):
-        line, = _betas(load_recipe(path, [f"objective={objective}"]), 16384)
+        line, = betas(load_recipe(path, [f"objective={objective}"]), 16384)
         assert words in line
-    assert not _betas(load_recipe(path, ["objective=mapo"]), 16384)
+    assert not betas(load_recipe(path, ["objective=mapo"]), 16384)
 
 
 def test_missing_options_and_files(path, tmp_path):

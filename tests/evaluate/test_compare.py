@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from diffalign import _compat  # noqa: F401
+from diffalign.config import load_reward
 from diffalign.errors import ConfigError, DataError
 from diffalign.evaluate import EvaluateSpec, lora_off_and_on, picture_seeds, read_prompts
 from diffalign.evaluate.compare import compare
-from diffalign.rewards import load_reward
 from diffalign.rewards.scenes import SceneChecker, parse
 
 from ..models import tiny
@@ -20,7 +20,7 @@ from .scenes import prompts, side
 
 def spec(**fields) -> EvaluateSpec:
     return EvaluateSpec(
-        **{"prompts": "unused.txt", "judge": "scenes", "bootstrap_resamples": 500, "grid_prompts": 4, **fields}
+        **{"prompts": "unused.txt", "judge": SceneChecker(), "bootstrap_resamples": 500, "grid_prompts": 4, **fields}
     )
 
 
@@ -131,7 +131,7 @@ def test_lora_off_is_the_base_and_on_is_not(tmp_path):
         for name, weight in tuned.unet.named_parameters():
             if "lora" in name:
                 weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-    options = spec(num_inference_steps=2, batch_size=2, judge="brightness")
+    options = spec(num_inference_steps=2, batch_size=2, judge=load_reward("brightness"))
     off, on = lora_off_and_on(tuned, options)
     texts, judge = ["a red ring", "a circle", "red"], load_reward("brightness")
     same = compare(plain, off, texts, judge, options, progress=None)

@@ -55,7 +55,7 @@ HELDOUT = {
 def comparison():
     texts = [*prompts(40), *HOSTILE]
     kinds = ["<b>odd</b>", *(parse(text).kind if parse(text) else "none" for text in texts[1:])]
-    spec = EvaluateSpec(prompts="x", judge="scenes", bootstrap_resamples=300, grid_prompts=46)
+    spec = EvaluateSpec(prompts="x", judge=SceneChecker(), bootstrap_resamples=300, grid_prompts=46)
     return compare(side(0.6, 1), side(0.2, 2), texts, SceneChecker(), spec, categories=kinds, progress=None)
 
 

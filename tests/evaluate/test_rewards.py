@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from diffalign import rewards
-from diffalign.errors import ConfigError
-from diffalign.rewards import REWARDS, load_reward, reward_names
+from diffalign import config
+from diffalign.config import as_tree, load_reward, rewards_from
+from diffalign.errors import ConfigError, DataError
+from diffalign.rewards import REWARDS, Reward, judged
 from diffalign.rewards.base import as_pil, pixels
+from diffalign.rewards.rules import Compressibility
+from diffalign.rewards.scenes import SceneChecker
 
 
 def flat(*colour: int, size: int = 8) -> Image.Image:
@@ -96,49 +98,100 @@ def test_conversion_rounds_half_up():
 
 
 def test_every_name_loads_and_calls_itself_so():
-    assert set(REWARDS) <= set(reward_names())
-    assert all(load_reward(name).name == name for name in REWARDS)
+    assert all(load_reward(name).name == name for name in REWARDS if not dataclasses.fields(REWARDS[name]))
 
 
 @pytest.mark.parametrize(
     ("typo", "meant"), [("brightnes", "brightness"), ("colorfulness", "colourfulness"), ("scene", "scenes")]
 )
 def test_unknown_name_says_what_was_meant(typo, meant):
-    with pytest.raises(ConfigError, match=f'unknown reward "{typo}". Did you mean "{meant}"'):
+    with pytest.raises(ConfigError, match=f"no reward called '{typo}'. Did you mean \"{meant}\""):
         load_reward(typo)
-    with pytest.raises(ConfigError, match="Known rewards: brightness, "):
+    with pytest.raises(ConfigError, match="Known: scenes, brightness, "):
         load_reward("zzz")
 
 
 def test_bad_options_are_a_sentence():
-    with pytest.raises(ConfigError, match='reward "compressibility" refuses its options .*quality must lie in 1..100, got 0'):
-        load_reward("compressibility", quality=0)
-    with pytest.raises(ConfigError, match='"brightness" refuses'):
-        load_reward("brightness", nonsense=1)
+    with pytest.raises(ConfigError, match="reward.quality: must lie in 1..100, got 0"):
+        load_reward({"kind": "compressibility", "quality": 0})
+    with pytest.raises(ConfigError, match="reward.nonsense: unknown option for Brightness"):
+        load_reward({"kind": "brightness", "nonsense": 1})
 
 
-class Point:
-    """An entry point as importlib.metadata gives it."""
+MINE = """
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
 
-    def __init__(self, name, target):
-        self.name, self.target, self.value, self.dist = name, target, "some_package:Thing", None
+@dataclass(frozen=True, kw_only=True)
+class Warmth:
+    gain: float = 1.0
+    name = "warmth"
+    differentiable = False
+    columns = ("offset",)
 
-    def load(self):
-        return self.target()
-
-
-def test_entry_points(monkeypatch):
-    def fails():
-        raise ImportError("no module named wings")
-
-    points = [Point("mine", lambda: dict), Point("sick", fails), Point("brightness", fails)]
-    monkeypatch.setattr(rewards, "entry_points", lambda group: points if group == "diffalign.rewards" else [])
-    assert load_reward("mine", a=1) == {"a": 1} and "mine" in reward_names()
-    assert load_reward("brightness").name == "brightness"  # a built-in wins
-    with pytest.raises(ConfigError, match='"sick" of the package some_package:Thing cannot be loaded: no module named wings'):
-        load_reward("sick")
+    def __call__(self, images, prompts, offset):
+        return torch.tensor([self.gain * image.getpixel((0, 0))[0] + o for image, o in zip(images, offset)])
+"""
 
 
-def test_listing_names_imports_nothing_heavy():
-    code = "import sys, diffalign.rewards as r, diffalign.evaluate; r.reward_names(); assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_rewards_from_a_file(tmp_path):
+    file = tmp_path / "my_warmth.py"
+    file.write_text(MINE)
+    try:
+        assert rewards_from(file) == ["warmth"]
+        mine = load_reward({"kind": "warmth", "gain": 2})
+        assert judged(mine, [flat(3, 0, 0)], [""], {"offset": [1.0]}).tolist() == [7.0]
+        with pytest.raises(DataError, match='"warmth" reads a column "offset"'):
+            judged(mine, [flat(3, 0, 0)], [""])
+        with pytest.raises(ConfigError, match="a reward called 'warmth' already"):
+            rewards_from(file)
+    finally:
+        REWARDS.pop("warmth", None)
+
+
+@pytest.mark.parametrize(("text", "words"), [("x = 1", "holds no reward"), ("import wings", "No module named 'wings'"),
+                                             ("def (", "SyntaxError"), ("raise SystemExit(3)", "SystemExit")])
+def test_files_without_a_reward(tmp_path, text, words):
+    (tmp_path / "odd.py").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        rewards_from(tmp_path / "odd.py")
+    with pytest.raises(ConfigError, match="none.py"):
+        rewards_from(tmp_path / "none.py")
+
+
+@pytest.mark.parametrize(("scores", "expected"), [
+    ([1.0, math.inf], [1.0, None]), ([-math.inf, 0.0], [None, 0.0]), (np.array([1, 2]), [1.0, 2.0])])
+def test_scores_are_float32_with_nan_for_unscored(scores, expected):
+    class Fixed:
+        name, differentiable = "fixed", False
+
+        def __call__(self, images, prompts):
+            return scores
+    found = judged(Fixed(), [None, None], ["", ""])
+    assert found.dtype == torch.float32 and [None if math.isnan(x) else x for x in found.tolist()] == expected
+    with pytest.raises(ValueError, match=r"shape \(2,\) for 1 pictures"):
+        judged(Fixed(), [None], [""])
+
+
+def test_a_reward_with_parts_is_built_from_a_recipe():
+    """``tuple[Reward, ...]`` and ``dict[str, Reward]`` in a component, and back to a plain tree."""
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Both:
+        parts: tuple[Reward, ...] = ()
+        named: dict[str, Reward] = dataclasses.field(default_factory=dict)
+
+    tree = {"parts": [{"kind": "compressibility", "quality": 80}, {"kind": "scenes"}], "named": {"a": {"kind": "brightness"}}}
+    both = _build_locally(Both, {**tree, "parts": [tree["parts"][0], "scenes"], "named": {"a": "brightness"}})
+    assert both.parts == (Compressibility(quality=80), SceneChecker()) and as_tree(both) == tree
+    for wrong, words in (({"parts": "scenes"}, "parts: expected a list"), ({"named": ["scenes"]}, "named: expected names"),
+                         ({"parts": ["scens"]}, "parts.0.kind: no reward called 'scens'")):
+        with pytest.raises(ConfigError, match=words):
+            _build_locally(Both, wrong)
+
+
+def _build_locally(cls, tree):
+    """The annotations of a class inside a test name what this module knows."""
+    hints = {"parts": tuple[Reward, ...], "named": dict[str, Reward]}
+    cls.__annotations__ = hints
+    return config._build(cls, tree, "")

@@ -8,22 +8,23 @@ from pathlib import Path
 
 import torch
 
-from . import data
-from .config import Recipe, check_layout
-from .data.sources import Online, Sampled, Stored
-from .errors import ConfigError
-from .evaluate.prompts import read_prompts
-from .likelihood import Transitions
-from .methods import Context, Preference, Probe
-from .models.base import Denoiser, enable_gradient_checkpointing
-from .models.load import encoder_facts, inspect, is_distilled, load_denoiser, load_encoders
-from .models.weights import WeightBank
-from .objectives import title_of
-from .objectives.sft import winners
-from .rewards import load_reward
-from .sampling.scheduler import make_scheduler
-from .train import world_of
-from .types import Memory
+from .. import data
+from ..config import Recipe, check_layout
+from ..data.sources import Online, Sampled, Stored
+from ..errors import ConfigError
+from ..evaluate.prompts import read_prompts
+from ..likelihood import Transitions
+from ..methods import Context, Preference, Probe
+from ..models.base import Denoiser, enable_gradient_checkpointing
+from ..models.load import encoder_facts, inspect, is_distilled, load_denoiser, load_encoders
+from ..models.weights import WeightBank
+from ..objectives import title_of
+from ..objectives.sft import winners
+from ..rewards import check as check_reward
+from ..rewards import judged
+from ..sampling.scheduler import make_scheduler
+from ..train import world_of
+from ..types import Memory
 
 PROBE = 64  # winners that a gated reference is measured on
 
@@ -34,7 +35,7 @@ def check_before(recipe: Recipe) -> None:
     _check_distilled(recipe)
     check_evaluate(recipe)
     if isinstance(recipe.source, Online):
-        load_reward(recipe.source.reward)
+        check_reward(recipe.source.reward)
 
 
 def _check_distilled(recipe: Recipe) -> None:
@@ -54,7 +55,7 @@ def check_evaluate(recipe: Recipe) -> None:
     if spec is not None:
         read_prompts(spec.prompts)
         if spec.judge is not None:
-            load_reward(spec.judge)
+            check_reward(spec.judge)
         folder, _ = inspect(recipe.model)
         if spec.scheduler or spec.timestep_spacing:
             make_scheduler(folder.config("scheduler"), spec.scheduler, spec.timestep_spacing, spec.num_inference_steps)
@@ -171,11 +172,11 @@ def source_of(recipe: Recipe, stored: data.Offline, bank: WeightBank, accelerato
 
 def _score(recipe: Recipe, device) -> Callable:
     """Latents and prompts -> scores of the recipe's reward. The VAE stays in memory."""
-    reward, encoders = load_reward(recipe.source.reward), load_encoders(recipe.model, device)
+    encoders = load_encoders(recipe.model, device)
 
     def score(x0, prompts):
         pictures = torch.cat([encoders.decode(part.to(device)) for part in x0.split(recipe.data.encode_batch_size)])
-        return reward(list((pictures.cpu() + 1) / 2), prompts).cpu()
+        return judged(recipe.source.reward, list((pictures.cpu() + 1) / 2), prompts)
     return score
 
 

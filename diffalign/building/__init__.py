@@ -1,0 +1,1 @@
+"""Preference data: prompts -> candidates -> scores -> filters -> groups that the trainer reads."""

@@ -1,0 +1,54 @@
+"""``diffalign encode`` and ``diffalign check``: what comes before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config import Recipe
+from ..data.check import check as look_at
+from ..evaluate.files import write_json
+from ..models.load import encoder_facts
+from ..train import make_accelerator
+from ..train.checkpoint import check_writable
+from . import parts
+from .words import Printer, betas, silent
+
+
+def encode(recipe: Recipe, printer: Printer = silent) -> dict:
+    """Build the cache of latents and text embeddings; several processes share the work."""
+    accelerator = make_accelerator(recipe.train, Path(recipe.output_dir))
+    caches = parts.caches(recipe, accelerator, printer if accelerator.is_main_process else silent)
+    return {name: dict(cache.report) for name, cache in zip(("train", "validation"), caches) if cache is not None}
+
+
+def check(recipe: Recipe, printer: Printer = silent) -> dict:
+    """Counts, ties, duplicates, leakage, sizes and derived numbers; draws sample pairs. Loads no weights."""
+    facts, output_dir = encoder_facts(recipe.model), Path(recipe.output_dir)
+    parts.check_before(recipe)
+    check_writable(output_dir)
+    resolution = recipe.data.resolution or facts.default_resolution
+    found = look_at(recipe.data, resolution=resolution, spatial_factor=facts.spatial_factor, seed=recipe.seed,
+                    sample_path=output_dir / "check.png")
+    for name, value in found.items():
+        if name != "problems":
+            printer(f"{name:24} {_brief(value)}")
+    spec = recipe.train
+    per_step = spec.train_batch_size * spec.gradient_accumulation_steps
+    printer(f"{'groups a step':24} {per_step} ({spec.train_batch_size} x {spec.gradient_accumulation_steps} accumulated) "
+            "for each process")
+    printer(f"{'epochs':24} {spec.max_train_steps * per_step / max(1, found['groups']):.2f} with one process")
+    elements = facts.latent_channels * (resolution // facts.spatial_factor) ** 2
+    for line in betas(recipe, elements):
+        printer(line)
+    for problem in found["problems"]:
+        printer(f"problem: {problem}")
+    write_json(output_dir / "check.json", found)
+    return found
+
+
+def _brief(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_brief(item)}" for key, item in list(value.items())[:8]) or "none"
+    if isinstance(value, (list, tuple)):
+        return f"{len(value)}" + (f" (first: {value[0]})" if value else "")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
