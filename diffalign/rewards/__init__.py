@@ -3,6 +3,7 @@
 """
 
 from .base import Reward, check, columns_of, identity, judged
+from .remote import RemoteReward, VLMJudge
 from .rules import Brightness, Colourfulness, Compressibility
 from .scenes import SceneChecker
 
@@ -11,6 +12,8 @@ REWARDS = {
     "brightness": Brightness,
     "colourfulness": Colourfulness,
     "compressibility": Compressibility,
+    "remote": RemoteReward,
+    "vlm": VLMJudge,
 }
 
 __all__ = ["REWARDS", "Reward", "check", "columns_of", "identity", "judged"]
