@@ -24,7 +24,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from . import likelihood, objectives, process, rewards
 from .building.filters import EMBEDDERS, FILTERS, QUALITIES, Embedder, Quality
+from .building.score import ScoreSpec
+from .building.select import SELECTS, Select
+from .building.spec import BuildSpec
 from .building.types import Filter
+from .building.utility import UTILITIES, Utility
 from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
 from .data.spec import DataSpec
 from .errors import ConfigError
@@ -68,6 +72,8 @@ _SLOTS = {
     Reference: (REFERENCES, "frozen", None),
     rewards.Reward: (rewards.REWARDS, None, "diffalign.rewards"),
     SourceSpec: (SOURCES, "stored", None),
+    Utility: (UTILITIES, None, None),
+    Select: (SELECTS, "groups", None),
     Filter: (FILTERS, None, None),
     Embedder: (EMBEDDERS, "ngrams", None),
     Quality: (QUALITIES, "rules", None),
@@ -80,10 +86,40 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     ``extends: other.yaml``, relative to the file, starts from that recipe: sections are merged option by option, except that a
     slot whose ``kind`` is given starts afresh.
     """
-    tree = read_tree(Path(path))
+    return build_recipe(_overridden(read_tree(Path(path)), overrides))
+
+
+def load_build(path: str | Path, overrides: typing.Sequence[str] = ()) -> BuildSpec:
+    """A recipe of ``diffalign build``, read as ``load_recipe`` reads one. Raises ConfigError naming the option's path."""
+    return _build(BuildSpec, _overridden(read_tree(Path(path)), overrides), "")
+
+
+def load_score(rewards: str, data: str, overrides: typing.Sequence[str] = ()) -> ScoreSpec:
+    """What ``diffalign score`` is told. rewards: kinds separated by commas, a YAML mapping of names to rewards, or a .yaml
+    file that holds one. data: what to score. Raises ConfigError.
+    """
+    return _build(ScoreSpec, _overridden({"rewards": _named_rewards(rewards), "data": data}, overrides), "")
+
+
+def _overridden(tree: dict, overrides: typing.Sequence[str]) -> dict:
     for override in overrides:
         apply_override(tree, override)
-    return build_recipe(tree)
+    return tree
+
+
+def _named_rewards(text: str) -> dict:
+    if text.endswith((".yaml", ".yml")):
+        return read_tree(Path(text))
+    if ":" not in text:
+        kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
+        twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+        if twice:
+            raise ConfigError(f"rewards: '{twice}' is given twice")
+        return {kind: kind for kind in kinds}
+    tree = parse_yaml(text, "rewards")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"rewards: expected kinds separated by commas, or {{name: {{kind: ...}}}}, got {_show(text)}")
+    return {str(tree["kind"]): tree} if "kind" in tree else tree
 
 
 def build_recipe(tree: dict) -> Recipe:
@@ -135,7 +171,7 @@ def as_tree(value) -> object:
     return {name: as_tree(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def dump(recipe: Recipe) -> str:
+def dump(recipe: Recipe | BuildSpec) -> str:
     return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)
 
 

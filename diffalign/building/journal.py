@@ -39,8 +39,8 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise ResourceError(f"{self._own}: cannot be written ({error.strerror or error}); free some space and run the same "
-                                "command again, which goes on from here") from error
+            raise ResourceError(f"{self._own}: cannot be written ({error.strerror or error}); free some space and run the "
+                                "same command again, which goes on from here") from error
 
     def close(self) -> None:
         if self._file is not None:

@@ -47,8 +47,8 @@ def fetch(folder: Path, name: str) -> Image.Image:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); run the same command again, which draws it anew") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); run the same command again to draw it anew") from None
     if hashlib.sha256(content).hexdigest() != path.stem:
         path.unlink(missing_ok=True)
-        raise DataError(f"{path}: was damaged and has been removed; run the same command again, which draws it anew")
+        raise DataError(f"{path}: was damaged and has been removed; run the same command again to draw it anew")
     return decode(content, name, MAX_PIXELS)

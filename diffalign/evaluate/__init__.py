@@ -8,7 +8,7 @@ from importlib import import_module as _import
 
 _PUBLIC = {
     "EvaluateSpec": "spec",
-    "read_prompts": "prompts", "Prompts": "prompts",
+    "read_prompts": ".data.prompts", "Prompts": ".data.prompts",
     "lora_off_and_on": "compare", "picture_seeds": "compare", "Comparison": "compare",
     "paired": "statistics", "Paired": "statistics", "wilson": "statistics",
     "heldout_preference": "preference", "HeldoutPreference": "preference", "before_and_after": "preference",

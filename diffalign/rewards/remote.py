@@ -124,13 +124,11 @@ class VLMJudge(Service):
 
     @property
     def address(self) -> str:
-        parts = self.url.partition("?")
-        base = parts[0].rstrip("/").removesuffix("/chat/completions")
-        return f"{base}/chat/completions{parts[1]}{parts[2]}"
+        return completions(self.url)
 
     def __call__(self, images: Sequence[Any], prompts: Sequence[str], **columns: Any) -> Tensor:
         """[N] float32."""
-        readings = _ask(self, images, prompts, 1, self._body, lambda asked, reply: [self._number(_said(reply))], "scored")
+        readings = _ask(self, images, prompts, 1, self._body, lambda asked, reply: [self._number(said(reply))], "scored")
         return _scores(readings)
 
     def identity(self) -> dict:
@@ -222,7 +220,7 @@ def _ask(service: Service, images: Sequence[Any], prompts: Sequence[str], batch_
         raise ValueError(f"{len(images)} pictures for {len(prompts)} prompts: pass one prompt per picture")
     readings = [Reading(None, "the picture cannot be decoded") for _ in images]
     call = secrets.token_hex(4)
-    encoded = {n: png for n, image in enumerate(images) if (png := _png(image)) is not None}
+    encoded = {n: png for n, image in enumerate(images) if (png := png(image)) is not None}
     batches = [list(encoded)[start : start + batch_size] for start in range(0, len(encoded), batch_size)]
     questions = [[Picture(f"{call}-{n}", prompts[n], encoded[n]) for n in batch] for batch in batches]
     answers = service.ask(questions, body, read)
@@ -234,7 +232,14 @@ def _ask(service: Service, images: Sequence[Any], prompts: Sequence[str], batch_
     return readings
 
 
-def _png(image: Any) -> str | None:
+def completions(url: str) -> str:
+    """Where an OpenAI-style service is posted to, from its base address (or from that very one)."""
+    parts = url.partition("?")
+    base = parts[0].rstrip("/").removesuffix("/chat/completions")
+    return f"{base}/chat/completions{parts[1]}{parts[2]}"
+
+
+def png(image: Any) -> str | None:
     """base64 of the picture as PNG, which loses nothing; None where it cannot be decoded."""
     target = io.BytesIO()
     try:
@@ -244,7 +249,7 @@ def _png(image: Any) -> str | None:
     return base64.b64encode(target.getvalue()).decode()
 
 
-def _said(reply: Any) -> str:
+def said(reply: Any) -> str:
     """The text of the first choice of a chat completion; Refusal where the reply has another form."""
     try:
         said = reply["choices"][0]["message"]["content"]

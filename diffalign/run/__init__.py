@@ -1,8 +1,9 @@
 """A recipe in, files out: what the command line does, one file a command. Each returns what it found as a plain dict."""
 
+from .build import build
 from .evaluate import evaluate, grid
 from .prepare import check, encode
 from .train import train
 from .words import LORA_FILE
 
-__all__ = ["LORA_FILE", "check", "encode", "evaluate", "grid", "train"]
+__all__ = ["LORA_FILE", "build", "check", "encode", "evaluate", "grid", "train"]

@@ -12,10 +12,10 @@ import torch
 
 from .. import rng
 from ..config import Recipe
+from ..data.prompts import read_prompts
 from ..errors import ConfigError
 from ..evaluate.card import write_card
 from ..evaluate.compare import Comparison, compare, lora_off_and_on
-from ..evaluate.prompts import read_prompts
 from ..evaluate.report import write_grid, write_report
 from ..models.load import load_pipeline, model_identity
 from ..models.lora import load as load_lora

@@ -68,7 +68,7 @@ def claim(output_dir: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise CheckpointError(f"output_dir: another run is training in {output_dir} now; wait for it, or choose another "
+        raise CheckpointError(f"output_dir: another run is at work in {output_dir} now; wait for it, or choose another "
                               "output_dir") from None
     except OSError:
         pass  # a file system without locks

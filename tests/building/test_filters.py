@@ -13,10 +13,11 @@ import pytest
 from PIL import Image, ImageFilter
 from scipy import sparse
 
-from diffalign.building.filters import FILTERS, Curate, Duplicates, Fifa, Margin, Ties, curate, fifa, filtered
+from diffalign.building.filters import FILTERS, Curate, Duplicates, Fifa, Margin, Ties, curate, fifa
 from diffalign.building.filters.duplicates import perceptual_hash
 from diffalign.building.filters.text import Ngrams, Rules, TextModel, remembered
 from diffalign.building.pictures import fetch, store
+from diffalign.building.table import filtered
 from diffalign.building.types import Candidate, Group
 from diffalign.config import _build
 from diffalign.errors import ConfigError, DataError, ModelError
@@ -567,8 +568,6 @@ def test_curate_keeps_the_picked_one():
     shuffled = run(Curate(reward="r"), random.Random(0).sample(groups, len(groups)))
     assert {one.id: one for one in shuffled.groups} == {one.id: one for one in kept.groups}
     assert run(Curate(reward="r"), groups, seed=1).groups != kept.groups
-    alone = run(Curate(reward="r", keep="winner"), groups)
-    assert {len(one.candidates) for one in alone.groups} == {1} and len(alone.groups) == 401
     with pytest.raises(DataError, match='no candidate has a score of the reward "no"'):
         run(Curate(reward="no"), groups)
 
@@ -601,9 +600,12 @@ def test_mixing_with_real_rows(tmp_path, caplog):
                           np.asarray(Image.open(tmp_path / "real" / "3.png").convert("RGB")))
     assert kept.report["kl_bound"] == pytest.approx(-math.log(1 - 0.25 * 3), abs=1e-6) and kept.report["bounded"]
     assert kept.report["real_share"] == 0.8 and kept.report["dropped"]["over_share"] == 18 and not caplog.records
-    loose = replace(spec, synthetic_per_real=1.0, keep="winner")(groups, folder=folder, seed=0)
+    loose = replace(spec, synthetic_per_real=1.0)(groups, folder=folder, seed=0)
     assert loose.report["bounded"] is False and loose.report["kl_bound"] is None
-    assert "not below 1 / (K - 1) = 0.333" in caplog.text and {len(one.candidates) for one in loose.groups} == {1}
+    assert "not below 1 / (K - 1) = 0.333" in caplog.text
+    lone = jsonl(tmp_path / "real" / "lone.jsonl", [{"prompt": "p", "image": "0.png", "label": 1}])
+    with pytest.raises(DataError, match="lone.jsonl line 1: one picture alone"):
+        replace(spec, real=str(lone))(groups, folder=folder, seed=0)
     with pytest.raises(ValueError, match="real and synthetic_per_real go together"):
         Curate(real=str(real))
     with pytest.raises(ValueError, match="temperature must be above 0"):
@@ -615,11 +617,11 @@ def test_mixing_with_real_rows(tmp_path, caplog):
 
 def test_filters_follow_one_another():
     groups = [group(i, f"prompt {i}", (float(i % 3), 1.0)) for i in range(9)]
-    kept = filtered(groups, [Ties(), Margin(least=1.0), Duplicates(same="bytes")], folder=None, seed=0)
-    assert len(kept.groups) == 6 and [step["filter"] for step in kept.report["steps"]] == ["ties", "margin", "duplicates"]
-    assert kept.report["steps"][1]["groups"] == kept.report["steps"][0]["kept"] == 6
-    with pytest.raises(DataError, match=r"filter ties: leaves none of 9 groups \(9 tie\); loosen its options"):
-        filtered(groups, [Ties(least=5.0)], folder=None, seed=0)
+    left, reports = filtered(groups, [Ties(), Margin(least=1.0), Duplicates(same="bytes")], None, 0)
+    assert len(left) == 6 and [step["filter"] for step in reports] == ["Ties", "Margin", "Duplicates"]
+    assert reports[1]["groups"] == reports[0]["kept"] == 6
+    with pytest.raises(DataError, match=r"filters: Ties leaves none of 9 groups \(9 tie\); loosen its options"):
+        filtered(groups, [Ties(least=5.0)], None, 0)
 
 
 def test_filters_are_their_own_configuration():

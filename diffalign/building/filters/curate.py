@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -25,7 +24,6 @@ from ...data.spec import DataSpec
 from ...errors import DataError
 from ..pictures import MAX_PIXELS, store
 from ..types import Candidate, Group, Kept
-from .margin import ends
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +53,16 @@ class Curate:
 
     reward: its name in the scores; null takes the utility. temperature: in the reward's units; small is nearly best-of-K.
     standardise: divide the reward by its standard deviation around each group's mean first, so that a temperature means the
-    same for any reward. keep: "pair" keeps the picked candidate (utility 1) and one of the others (utility 0), drawn evenly;
-    "winner" keeps it alone. facts["pick_probability"] of the picked one is for importance weights.
-    real: a data set, of any layout, whose rows are added; synthetic_per_real: at most this many picks for each of its rows,
-    and a warning from 1 / (K - 1) on. Without real data repeated rounds collapse.
+    same for any reward. The picked candidate (utility 1) stays with one of the others (utility 0), drawn evenly: a pair for
+    a pairwise objective, and its winner alone for objective.kind=sft. facts["pick_probability"] of the picked one is for
+    importance weights.
+    real: a data set of pairs or groups whose rows are added; synthetic_per_real: at most this many picks for each of its
+    rows, and a warning from 1 / (K - 1) on. Without real data repeated rounds collapse.
     """
 
     reward: str | None = None
     temperature: float = 1.0
     standardise: bool = False
-    keep: Literal["pair", "winner"] = "pair"
     real: str | None = None
     synthetic_per_real: float | None = None
 
@@ -85,7 +83,7 @@ class Curate:
         picked, entropy, sizes = [], [], []
         for group, row in zip(groups, rewards):
             known = int(np.isfinite(row).sum())
-            if known < (2 if self.keep == "pair" else 1):
+            if known < 2:
                 dropped["unscored"] += 1
                 continue
             chances = pick_probabilities(row / unit, self.temperature)
@@ -110,8 +108,6 @@ class Curate:
         best = int(pick(rewards, draw.gumbel(size=len(rewards)), self.temperature))
         winner = group.candidates[best]
         winner = replace(winner, facts={**winner.facts, "pick_probability": float(chances[best])})
-        if self.keep == "winner":
-            return replace(group, candidates=(winner,), utility=(1.0,))
         others = [place for place in np.flatnonzero(np.isfinite(rewards)) if place != best]
         loser = group.candidates[int(draw.choice(others))]
         return replace(group, candidates=(winner, loser), utility=(1.0, 0.0))
@@ -131,19 +127,14 @@ class Curate:
             return []
         found = []
         for row in read_rows(DataSpec(path=self.real), Tally()):
+            if len(row.images) < 2:
+                raise DataError(f"{row.where}: one picture alone; the real data to mix with must hold pairs or groups")
             candidates = tuple(Candidate(image=store(folder, decode(ref.read(), ref.where, MAX_PIXELS))) for ref in row.images)
             name = hashlib.sha256(f"{row.prompt}|{'|'.join(c.image for c in candidates)}".encode()).hexdigest()[:16]
-            group = Group(id=f"real-{row.id}-{name}", prompt=row.prompt, candidates=candidates, utility=row.utility)
-            found.append(self._winner(group) if self.keep == "winner" else group)
+            found.append(Group(id=f"real-{row.id}-{name}", prompt=row.prompt, candidates=candidates, utility=row.utility))
         if not found:
             raise DataError(f"{self.real}: holds no usable row to mix with (real)")
         return found
-
-    @staticmethod
-    def _winner(group: Group) -> Group:
-        pair = ends(group)
-        best = pair[0] if pair else 0
-        return replace(group, candidates=(group.candidates[best],), utility=(1.0,))
 
     def _mix(self, synthetic: int, real: int, k: int) -> dict:
         ratio = synthetic / real
