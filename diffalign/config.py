@@ -23,7 +23,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from . import likelihood, objectives, process, rewards
+from .building.editor import EDITORS, Editor
+from .building.feedback import CRITICS, INSTRUCTORS, Critic, Instructor
 from .building.filters import EMBEDDERS, FILTERS, QUALITIES, Embedder, Quality
+from .building.rich import RichSpec
 from .building.score import ScoreSpec
 from .building.select import SELECTS, Select
 from .building.spec import BuildSpec
@@ -77,6 +80,9 @@ _SLOTS = {
     Filter: (FILTERS, None, None),
     Embedder: (EMBEDDERS, "ngrams", None),
     Quality: (QUALITIES, "rules", None),
+    Critic: (CRITICS, None, None),
+    Instructor: (INSTRUCTORS, None, None),
+    Editor: (EDITORS, None, None),
 }
 
 
@@ -92,6 +98,11 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
 def load_build(path: str | Path, overrides: typing.Sequence[str] = ()) -> BuildSpec:
     """A recipe of ``diffalign build``, read as ``load_recipe`` reads one. Raises ConfigError naming the option's path."""
     return _build(BuildSpec, _overridden(read_tree(Path(path)), overrides), "")
+
+
+def load_rich(path: str | Path, overrides: typing.Sequence[str] = ()) -> RichSpec:
+    """A recipe of rich feedback, read as ``load_recipe`` reads one. Raises ConfigError naming the option's path."""
+    return _build(RichSpec, _overridden(read_tree(Path(path)), overrides), "")
 
 
 def load_score(rewards: str, data: str, overrides: typing.Sequence[str] = ()) -> ScoreSpec:

@@ -220,7 +220,7 @@ def _ask(service: Service, images: Sequence[Any], prompts: Sequence[str], batch_
         raise ValueError(f"{len(images)} pictures for {len(prompts)} prompts: pass one prompt per picture")
     readings = [Reading(None, "the picture cannot be decoded") for _ in images]
     call = secrets.token_hex(4)
-    encoded = {n: png for n, image in enumerate(images) if (png := png(image)) is not None}
+    encoded = {n: png for n, image in enumerate(images) if (png := as_png(image)) is not None}
     batches = [list(encoded)[start : start + batch_size] for start in range(0, len(encoded), batch_size)]
     questions = [[Picture(f"{call}-{n}", prompts[n], encoded[n]) for n in batch] for batch in batches]
     answers = service.ask(questions, body, read)
@@ -239,7 +239,7 @@ def completions(url: str) -> str:
     return f"{base}/chat/completions{parts[1]}{parts[2]}"
 
 
-def png(image: Any) -> str | None:
+def as_png(image: Any) -> str | None:
     """base64 of the picture as PNG, which loses nothing; None where it cannot be decoded."""
     target = io.BytesIO()
     try:

@@ -16,8 +16,9 @@ import numpy as np
 
 from ...data.store import write_aside
 from ...errors import ModelError, ResourceError
+from ..chat import ChatQuality
 
-CHUNK = 256  # prompts between two writes of remembered qualities
+CHUNK = 64  # prompts between two writes of remembered qualities
 
 
 class Embedder(Protocol):
@@ -202,4 +203,4 @@ def _checked(quality: Quality, prompts: Sequence[str]) -> np.ndarray:
 
 
 EMBEDDERS = {"ngrams": Ngrams, "text_model": TextModel}
-QUALITIES = {"rules": Rules}
+QUALITIES = {"rules": Rules, "chat": ChatQuality}
