@@ -239,15 +239,15 @@ def test_a_lost_picture_is_edited_again(tmp_path):
 
 def test_fingerprint(tmp_path):
     """An editor that leaves a pattern of one step: a linear probe tells the sides apart, unless both went through it."""
-    for i in range(60):
+    for i in range(40):
         (tmp_path / f"{i}.png").write_bytes(picture(i, (32, 32)))
-    data = jsonl(tmp_path / "d.jsonl", [{"prompt": f"p {i}", "image": f"{i}.png", "label": 1} for i in range(60)])
+    data = jsonl(tmp_path / "d.jsonl", [{"prompt": f"p {i}", "image": f"{i}.png", "label": 1} for i in range(40)])
     editor = Shifts(by=8, mark=1, wobble=True)
     bare = build_rich(spec(tmp_path, data, editor=editor, guard=False, out=tmp_path / "bare"))
     guarded = build_rich(spec(tmp_path, data, editor=editor, guard=True, out=tmp_path / "guarded"))
     assert bare["probe"]["accuracy"] > 0.9 and bare["probe"]["low"] > 0.75
     assert guarded["probe"]["low"] <= 0.5 <= guarded["probe"]["high"]
-    assert bare["probe"]["pairs"] == guarded["probe"]["pairs"] == 60
+    assert bare["probe"]["pairs"] == guarded["probe"]["pairs"] == 40
 
 
 def test_the_prompt_stays_as_it_was(tmp_path):
@@ -275,7 +275,7 @@ def test_the_trainer_reads_the_pairs(tmp_path):
     batch = Batch(x0=torch.zeros(3, 2, 1, 1, 1), cond=Cond(tokens=torch.zeros(3, 1, 1)), valid=torch.ones(3, 2, dtype=bool),
                   utility=torch.tensor([row.utility for row in rows]), key=torch.zeros(3, 2, dtype=torch.int64))
     same = Estimate(policy=-error, reference=-error, error=error, reference_error=error, t=torch.zeros(3, 2))
-    loss = OBJECTIVES["pairwise"](beta=2000.0)(same, batch, Memory())
+    loss = OBJECTIVES["dpo"](beta=2000.0)(same, batch, Memory())
     assert loss.per_group.tolist() == pytest.approx([math.log(2)] * 3, abs=1e-6)
 
 
