@@ -21,9 +21,11 @@ _COMMANDS = {
     "train": "align the model; run the same command again to resume",
     "encode": "build the cache of latents and text embeddings, and stop",
     "check": "look at data and options before the machine gets warm: counts, ties, leakage, derived numbers, sample pairs",
-    "evaluate": "compare base and aligned model on the same prompts and seeds: win rate with interval, report, grid",
-    "grid": "draw the comparison grid only",
+    "evaluate": "compare base, aligned and other models on the same prompts and seeds: win rates with intervals, report, grid",
+    "grid": "draw the comparison grid only: PNG, WebP and a page to look at it",
 }
+
+_COMPARE = ("evaluate", "grid")  # a recipe for these may be one without training
 
 _EPILOG = """\
 CONFIG is a recipe (YAML); key=value overrides any option by its path, for example
@@ -69,10 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             _quiet_libraries()
             from . import run  # here, so that --help needs no torch
-            from .config import load_recipe, rewards_from
+            from .config import load_evaluation, load_recipe, rewards_from
             for file in args.rewards_from:
                 rewards_from(file)
-            getattr(run, args.command)(load_recipe(args.config, args.overrides), printer=print)
+            load = load_evaluation if args.command in _COMPARE else load_recipe
+            getattr(run, args.command)(load(args.config, args.overrides), printer=print)
             return 0
         except UserError as error:
             if args.debug:

@@ -52,6 +52,25 @@ class Recipe:
             raise ValueError("output_dir is empty; give a folder for the run's files")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A recipe without training: models are compared as they are. The first of ``evaluate.models`` is the one that the verdict
+    is about, ``model`` is the base. cpu: as in ``train``.
+    """
+
+    output_dir: str
+    model: ModelSpec
+    evaluate: EvaluateSpec
+    seed: int = 0
+    cpu: bool = False
+
+    def __post_init__(self):
+        if not self.output_dir.strip():
+            raise ValueError("output_dir is empty; give a folder for the report")
+        if not self.evaluate.models:
+            raise ValueError("evaluate.models is empty; without training (data, objective), say what to compare the base with")
+
+
 # every slot with alternatives: annotation -> (table of kinds, default kind, entry point group)
 _SLOTS = {
     objectives.Objective: (objectives.OBJECTIVES, None, "diffalign.objectives"),
@@ -79,6 +98,15 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     for override in overrides:
         apply_override(tree, override)
     return build_recipe(tree)
+
+
+def load_evaluation(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe | Evaluation:
+    """As ``load_recipe``; one that says nothing of training is an ``Evaluation``."""
+    tree = read_tree(Path(path))
+    for override in overrides:
+        apply_override(tree, override)
+    trains = tree.keys() & ({f.name for f in dataclasses.fields(Recipe)} - {f.name for f in dataclasses.fields(Evaluation)})
+    return build_recipe(tree) if trains or "evaluate" not in tree else _build(Evaluation, tree, "")
 
 
 def build_recipe(tree: dict) -> Recipe:
@@ -130,7 +158,7 @@ def as_tree(value) -> object:
     return {name: as_tree(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def dump(recipe: Recipe) -> str:
+def dump(recipe: Recipe | Evaluation) -> str:
     return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)
 
 
