@@ -39,8 +39,9 @@ _COMMANDS = {
     "encode": _Command("build the cache of latents and text embeddings, and stop"),
     "check": _Command("look at data and options before the machine gets warm: counts, ties, leakage, derived numbers, sample "
                       "pairs"),
-    "evaluate": _Command("compare base and aligned model on the same prompts and seeds: win rate with interval, report, grid"),
-    "grid": _Command("draw the comparison grid only"),
+    "evaluate": _Command("compare base, aligned and other models on the same prompts and seeds: win rates with intervals, "
+                         "report, grid", load="load_evaluation"),
+    "grid": _Command("draw the comparison grid only: PNG, WebP and a page to look at it", load="load_evaluation"),
     "build": _Command("make preference data: prompts, samples, rewards, ranked groups or pairs; run it again to resume",
                       load="load_build"),
     "score": _Command("write rewards' scores of a data set or a folder of pictures as columns; run it again to resume",

@@ -33,7 +33,7 @@ from .building.spec import BuildSpec
 from .building.types import Filter
 from .building.utility import UTILITIES, Utility
 from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
-from .data.spec import DataSpec
+from .data.spec import CheckSpec, DataSpec
 from .errors import ConfigError
 from .evaluate.spec import EvaluateSpec
 from .models.references import REFERENCES, Frozen, Past, Reference
@@ -55,10 +55,30 @@ class Recipe:
     source: SourceSpec = Stored()
     train: TrainSpec = TrainSpec()
     evaluate: EvaluateSpec | None = None
+    check: CheckSpec = CheckSpec()
 
     def __post_init__(self):
         if not self.output_dir.strip():
             raise ValueError("output_dir is empty; give a folder for the run's files")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A recipe without training: models are compared as they are. The first of ``evaluate.models`` is the one that the verdict
+    is about, ``model`` is the base. cpu: as in ``train``.
+    """
+
+    output_dir: str
+    model: ModelSpec
+    evaluate: EvaluateSpec
+    seed: int = 0
+    cpu: bool = False
+
+    def __post_init__(self):
+        if not self.output_dir.strip():
+            raise ValueError("output_dir is empty; give a folder for the report")
+        if not self.evaluate.models:
+            raise ValueError("evaluate.models is empty; without training (data, objective), say what to compare the base with")
 
 
 # every slot with alternatives: annotation -> (table of kinds, default kind, entry point group)
@@ -133,6 +153,13 @@ def _named_rewards(text: str) -> dict:
     return {str(tree["kind"]): tree} if "kind" in tree else tree
 
 
+def load_evaluation(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe | Evaluation:
+    """As ``load_recipe``; one that says nothing of training is an ``Evaluation``."""
+    tree = _overridden(read_tree(Path(path)), overrides)
+    trains = tree.keys() & ({f.name for f in dataclasses.fields(Recipe)} - {f.name for f in dataclasses.fields(Evaluation)})
+    return build_recipe(tree) if trains or "evaluate" not in tree else _build(Evaluation, tree, "")
+
+
 def build_recipe(tree: dict) -> Recipe:
     """A recipe from a plain tree."""
     recipe = _build(Recipe, tree, "")
@@ -182,7 +209,7 @@ def as_tree(value) -> object:
     return {name: as_tree(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def dump(recipe: Recipe | BuildSpec) -> str:
+def dump(recipe: Recipe | Evaluation | BuildSpec) -> str:
     return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)
 
 

@@ -33,6 +33,8 @@ from .images import MAX_BYTES
 from .spec import DataSpec
 
 PROMPTS = ("prompt", "caption", "text")
+MODELS = {"pickapic": ("model_0", "model_1"), "pickapic_scored": ("model_0", "model_1"),
+          "chosen_rejected": ("chosen_model", "rejected_model"), "unpaired": ("model",)}
 NAMED = 1000  # bad rows kept by name; beyond it they are only counted
 
 
@@ -59,7 +61,8 @@ class ImageRef:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One group. id: the row's number in its data set, whatever was dropped before it. utility: one float32-exact number per
-    image, higher is better. soft: probability that the best is truly preferred, or None for a hard label."""
+    image, higher is better. soft: probability that the best is truly preferred, or None for a hard label. models: what drew
+    each picture, where a column says so; else empty."""
 
     id: int
     prompt: str
@@ -67,6 +70,7 @@ class Row:
     utility: tuple[float, ...]
     soft: float | None
     where: str
+    models: tuple[str | None, ...] = ()
 
     @property
     def tie(self) -> bool:
@@ -206,7 +210,17 @@ def _row(number: int, where: str, root: Path | None, columns: dict, layout: str)
     except _Field as error:
         raise DataError(f"{where}: {error.args[0]}: {error.args[1]}") from None
     tied = len(utility) > 1 and min(utility) == max(utility)
-    return Row(id=number, prompt=prompt, images=tuple(images), utility=utility, soft=0.5 if tied else soft, where=where)
+    return Row(id=number, prompt=prompt, images=tuple(images), utility=utility, soft=0.5 if tied else soft, where=where,
+               models=_models(columns, layout, len(images)))
+
+
+def _models(columns: dict, layout: str, count: int) -> tuple[str | None, ...]:
+    """What drew the pictures, for what is said of the data alone: a column of another form is no reason to refuse a row."""
+    names = MODELS.get(layout, ())
+    found = columns.get("models") if layout == "scored" else [columns.get(name) for name in names]
+    if not isinstance(found, (list, tuple)) or len(found) != count or not any(found):
+        return ()
+    return tuple(found) if all(one is None or isinstance(one, str) for one in found) else ()
 
 
 def _float32(values: Iterable[float]) -> tuple[float, ...]:

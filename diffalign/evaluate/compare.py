@@ -1,9 +1,10 @@
-"""The comparison of base and aligned: same prompts, same seeds, judged by a reward, with an honest interval."""
+"""The comparison: any number of models beside a base, same prompts, same seeds, judged by a reward, with honest intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,113 +14,199 @@ from tqdm.auto import tqdm
 
 from .. import rng
 from ..errors import ConfigError, DataError
-from ..rewards.base import Reward, judged
-from ..rewards.rules import Brightness, Colourfulness, Compressibility
-from ..sampling.generate import generate, picture_seed
-from .spec import EvaluateSpec
-from .statistics import Paired, bootstrap, paired
+from ..rewards.base import Reward, identity
+from .shards import Alone, World
+from .sides import DRIFT, Draw, Drift, Place, Side, as_draw, draw_and_keep, drift_of, picture_seeds, sampling
+from .spec import ALIGNED, EvaluateSpec
+from .statistics import ERROR, Paired, Sweep, holm, outcomes, paired, sweep
 
-Draw = Callable[[list[str], list[int]], list[Image.Image]]
-STATISTICS = (Brightness(), Colourfulness(), Compressibility())
-DRIFT = 0.5  # a picture statistic that moves by more than this many standard deviations of the base is flagged
+__all__ = ["DRIFT", "Comparison", "Stage", "Tile", "compare", "lora_off_and_on", "picture_seeds", "said", "statistics_dict",
+           "trained_on"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Models that are in memory together. open: a context in which each of ``names`` has a pipeline, or a callable (prompts,
+    seeds) -> pictures. facts: by name, what the model is, JSON-ready.
+    """
+
+    names: tuple[str, ...]
+    open: Callable[[], AbstractContextManager[Mapping[str, Any]]]
+    facts: Mapping[str, dict] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One prompt's two pictures of the same seed. index: row in the prompt list. Scores are None when not judged."""
+    """One prompt's pictures of the same seed, by model. index: row in the prompt list. scores: the judge's, None where it gave
+    none.
+    """
 
     index: int
     prompt: str
     seed: int
-    base: Image.Image
-    aligned: Image.Image
-    base_score: float | None
-    aligned_score: float | None
+    pictures: dict[str, Image.Image]
+    scores: dict[str, float | None]
 
-    @property
-    def gain(self) -> float:
-        """aligned minus base; NaN where a side was not scored."""
-        if self.base_score is None or self.aligned_score is None:
-            return float("nan")
-        return self.aligned_score - self.base_score
+    def winner(self, names: Sequence[str]) -> str | None:
+        """Of these, the one with the highest score; None for a tie, or where fewer than two are scored."""
+        ranked = sorted(((self.scores[name], name) for name in names if self.scores[name] is not None), reverse=True)
+        return ranked[0][1] if len(ranked) > 1 and not outcomes(ranked[0][0], ranked[1][0]) == 0.5 else None
 
-
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """How a cheap statistic of the pictures moved: the first sign of a judge being gamed (colour casts, smoothing).
-
-    shift: difference of the means in standard deviations of the base; flagged beyond 0.5 when the 95 % interval of the
-    difference also leaves 0 out.
-    """
-
-    name: str
-    base: float
-    aligned: float
-    shift: float
-    flagged: bool
+    def gain(self, name: str, base: str) -> float:
+        """Score of the model minus the base's; NaN where a side was not scored."""
+        one, other = self.scores[base], self.scores[name]
+        return float("nan") if one is None or other is None else other - one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """base_scores, aligned_scores: [P, S] float32 or None without a judge. seeds: [P, S] int64, per picture.
+    """sides: by name, the base first. models: those that are compared with the base, the one that the verdict is about first.
+    strengths: sides of a sweep, strength by name (they may be models as well); swept: theirs beside the base, by the judge.
+    seeds: [P, S] int64, per picture.
 
-    statistics: over all prompts, None without a judge. categories: the same per category. tiles: rows for the grid, drawn
-    at random; best and worst: the largest gains and losses. sampling: what the pictures were drawn with.
+    results: of the judge, by model; empty without one. corrected: Holm's p-values of the sign tests. rewards: reward -> model
+    -> statistics, without the judge. categories: model -> category -> statistics. drift: by model. tiles: rows for the grid,
+    drawn at random; best and worst: the largest gains and losses of the first model, with its and the base's pictures.
+    sampling: what the pictures were drawn with. training: names of the rewards that were optimised, None where not known.
+    held_out: whether the judge is none of them; None where not known. identity: of models and rewards. alarms: by model, what
+    an alarm has to say (see ``report``).
     """
 
     prompts: list[str]
     seeds: np.ndarray
     judge: str | None
-    base_scores: np.ndarray | None
-    aligned_scores: np.ndarray | None
-    statistics: Paired | None
+    sides: dict[str, Side]
+    models: tuple[str, ...]
+    results: dict[str, Paired]
     tiles: list[Tile]
     best: list[Tile]
     worst: list[Tile]
-    drift: list[Drift]
+    drift: dict[str, list[Drift]]
     sampling: dict[str, Any]
-    categories: dict[str, Paired] = field(default_factory=dict)
+    rewards: dict[str, dict[str, Paired]] = field(default_factory=dict)
+    categories: dict[str, dict[str, Paired]] = field(default_factory=dict)
+    strengths: dict[str, float] = field(default_factory=dict)
+    sweep: Sweep | None = None
+    swept: dict[str, Paired] = field(default_factory=dict)
+    training: tuple[str, ...] | None = None
+    held_out: bool | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+    alarms: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        return next(iter(self.sides))
+
+    @property
+    def main(self) -> str:
+        """The model that the verdict is about."""
+        return self.models[0]
+
+    @property
+    def statistics(self) -> Paired | None:
+        """Of the main model, by the judge."""
+        return self.results.get(self.main)
+
+    @property
+    def corrected(self) -> dict[str, float]:
+        """Holm's p-values over all models that are compared with the base."""
+        return dict(zip(self.results, holm([result.sign_test for result in self.results.values()]), strict=True))
+
+    def verdict(self, name: str) -> str | None:
+        """By the judge's interval; where several models are compared, only if the corrected sign test agrees."""
+        result = self.results.get(name)
+        if result is None:
+            return None
+        return result.verdict if len(self.results) == 1 or self.corrected[name] < ERROR else "undecided"
+
+    @property
+    def headline(self) -> str | None:
+        """The verdict in plain English."""
+        result = self.statistics
+        if result is None:
+            return None
+        return result.about(_called(self.main)) if self.verdict(self.main) == result.verdict else self._lost(result)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What limits the verdict: the number of models compared, a judge that was trained on."""
+        found = [self._others()] if len(self.results) > 1 else []
+        if self.results and self.held_out is False:
+            found.append(f"The judge ({self.judge}) was trained on: not held out. This shows that training worked, not that "
+                         "the pictures are better.")
+        return found
+
+    @property
+    def sentence(self) -> str | None:
+        """Headline and remarks."""
+        return None if self.headline is None else " ".join([self.headline, *self.remarks])
+
+    def _lost(self, result: Paired) -> str:
+        return (f"No difference is shown once {len(self.results)} models are compared: taken alone the {_called(self.main)} "
+                f"would count as {result.verdict} ({100 * result.win_rate:.1f}% of {result.prompts:,} prompts, 95% interval "
+                f"{100 * result.win_rate_low:.1f}% to {100 * result.win_rate_high:.1f}%), but its p-value is "
+                f"{self.corrected[self.main]:.2g} after Holm's correction.")
+
+    def _others(self) -> str:
+        groups = {verdict: [name for name in self.results if self.verdict(name) == verdict]
+                  for verdict in ("better", "worse", "undecided")}
+        words = {"undecided": "not decided"}
+        found = "; ".join(f"{words.get(verdict, verdict)}: {', '.join(names)}" for verdict, names in groups.items() if names)
+        return (f"{len(self.results)} models were compared with the {self.base}, so their sign tests are corrected by Holm's "
+                f"rule: {found}.")
 
 
-def compare(base, aligned, prompts: Sequence[str], judge: Reward | None, spec: EvaluateSpec, *,
-            run_seed: int = 0, categories: Sequence[str] | None = None, extremes: int = 6,
-            progress: str | None = "comparing") -> Comparison:
-    """base, aligned: diffusers pipelines, or callables (prompts, seeds) -> pictures (see ``lora_off_and_on``).
+def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int = 0, categories: Sequence[str] | None = None,
+            compared: Sequence[str] | None = None, strengths: Mapping[str, float] | None = None,
+            training: Sequence[Reward] | None = None, facts: Mapping[str, Any] | None = None, show_seeds: int = 1,
+            extremes: int = 6, progress: str | None = "comparing", world: World | None = None) -> Comparison:
+    """models: ``Stage``s, or a mapping of names to diffusers pipelines or callables (prompts, seeds) -> pictures; the first
+    name is the base.
 
-    run_seed: used where ``spec.seed`` is None. extremes: how many of the largest gains and losses are kept.
+    compared: the models that are compared with it, the main one first; None takes all that are in no sweep. strengths: sides
+    of a strength sweep. training: rewards that were optimised, None where not known. facts: added to ``identity``. run_seed:
+    used where ``spec.seed`` is None. show_seeds: seeds per prompt among the tiles. extremes: how many of the largest gains and
+    losses are shown; their pictures are drawn once more.
 
-    Works through the prompts in blocks and keeps only the pictures it will show, so memory does not grow with the number of
-    prompts. Raises ConfigError where the judge can score no picture at all, DataError for an empty list of prompts.
+    Each model is drawn on its own and leaves numbers and the pictures that will be shown, so memory grows neither with the
+    number of prompts nor of models. Raises ConfigError where the judge can score no picture of the main model, DataError for
+    an empty list of prompts.
     """
-    prompts = list(prompts)
+    prompts, world = list(prompts), world or Alone()
     if not prompts:
         raise DataError("evaluate.prompts: no prompt to compare on")
     spec = spec if spec.seed is not None else replace(spec, seed=run_seed)
-    sides = [as_draw(side, spec) for side in (base, aligned)]
+    stages = [Stage(names=tuple(models), open=lambda: nullcontext(models))] if isinstance(models, Mapping) else list(models)
+    names = [name for stage in stages for name in stage.names]
+    strengths = dict(strengths or {})
+    compared = tuple(compared if compared is not None else (name for name in names[1:] if name not in strengths))
+    rewards = _rewards(spec, training)
+    places = [(row, number) for row in _random_rows(len(prompts), spec) for number in range(min(show_seeds, spec.seeds))]
+    sides, kept = _drawn(stages, prompts, spec, rewards, places, world, progress)
+    order = [names[0], *compared, *(name for name in names if name not in (names[0], *compared))]
+    sides, kept = ({name: table[name] for name in order} for table in (sides, kept))
     seeds = picture_seeds(prompts, spec.seeds, spec.seed)
-    kept = _Kept(rows=_random_rows(len(prompts), spec), extremes=extremes)
-    scores, statistics = np.full((2, *seeds.shape), np.nan, np.float32), np.full((2, len(STATISTICS), *seeds.shape), np.nan)
-    step = max(1, spec.batch_size // spec.seeds)
-    with tqdm(total=2 * seeds.size, desc=progress, unit="picture", disable=True if progress is None else None) as bar:
-        for start in range(0, len(prompts), step):
-            rows = slice(start, start + step)
-            texts = [prompt for prompt in prompts[rows] for _ in range(spec.seeds)]
-            numbers = seeds[rows].ravel().tolist()
-            pictures = [_drawn(draw, texts, numbers, bar) for draw in sides]
-            shape = seeds[rows].shape
-            for s, images in enumerate(pictures):
-                statistics[s, :, rows] = picture_statistics(images, texts).reshape(-1, *shape)
-                if judge is not None:
-                    scores[s, rows] = judged(judge, images, texts).numpy().reshape(shape)
-            kept.offer(start, texts, numbers, pictures, scores[:, rows].reshape(2, -1), spec.seeds)
-    result = _judged(scores, judge, spec)
-    best, worst = kept.extremes_of() if judge is not None else ([], [])
+    results = _results(sides, compared, spec) if spec.judge is not None else {}
+    tiles = [_tile(place, prompts, seeds, sides, {name: pictures[place] for name, pictures in kept.items()}, spec.judge)
+             for place in places]
+    best, worst = _extremes(stages, sides, compared[0], prompts, seeds, spec, extremes if results else 0, world)
     return Comparison(
-        prompts=prompts, seeds=seeds, judge=judge.name if judge is not None else None,
-        base_scores=None if judge is None else scores[0], aligned_scores=None if judge is None else scores[1],
-        statistics=result, tiles=kept.tiles(judge is not None), best=best, worst=worst,
-        drift=drift_of(statistics, seed=spec.seed, resamples=spec.bootstrap_resamples), sampling=said(spec),
-        categories=_by_category(scores, categories, judge, spec))
+        prompts=prompts, seeds=seeds, judge=spec.judge.name if spec.judge is not None else None, sides=sides, models=compared,
+        results=results, tiles=tiles, best=best, worst=worst, sampling=said(spec), strengths=strengths,
+        drift={name: drift_of(sides[names[0]].statistics, sides[name].statistics, seed=spec.seed,
+                              resamples=spec.bootstrap_resamples) for name in compared},
+        rewards={reward: _against_base({name: side.rewards[reward] for name, side in sides.items()}, compared, spec)
+                 for reward in rewards},
+        categories=_by_category(sides, compared, categories, spec) if results else {},
+        sweep=sweep({name: sides[name].scores for name in strengths}, seed=spec.seed, resamples=spec.bootstrap_resamples)
+        if strengths and spec.judge is not None else None,
+        swept=_against_base({name: side.scores for name, side in sides.items()}, [n for n in strengths if n != names[0]], spec)
+        if spec.judge is not None else {},
+        training=None if training is None else tuple(reward.name for reward in training),
+        held_out=None if training is None or spec.judge is None else not trained_on(spec.judge, training),
+        identity={"models": {name: {} for name in names} | {n: dict(f) for stage in stages for n, f in stage.facts.items()},
+                  "judge": None if spec.judge is None else identity(spec.judge),
+                  "rewards": {name: identity(reward) for name, reward in rewards.items()}, **(facts or {})})
 
 
 def lora_off_and_on(pipe, spec: EvaluateSpec) -> tuple[Draw, Draw]:
@@ -127,144 +214,147 @@ def lora_off_and_on(pipe, spec: EvaluateSpec) -> tuple[Draw, Draw]:
 
     Needs the memory of one model. The adapters are on again after every block, also when drawing fails.
     """
-    return as_draw(_Off(pipe), spec), as_draw(pipe, spec)
+    draw = as_draw(pipe, spec)
+
+    def off(prompts, seeds):
+        with adapters_off(pipe):
+            return draw(prompts, seeds)
+
+    return off, draw
 
 
-def picture_seeds(prompts: Sequence[str], count: int, seed: int) -> np.ndarray:
-    """``count`` seeds per prompt, [P, S] int64. A seed depends on the prompt's text, not on its place; where a prompt comes
-    again it gets other seeds.
+@contextmanager
+def adapters_off(pipe) -> Iterator[None]:
+    pipe.disable_lora()
+    try:
+        yield
+    finally:
+        pipe.enable_lora()
+
+
+def trained_on(judge: Reward, training: Sequence[Reward]) -> bool:
+    """Whether the judge, or a part of it, is among the rewards that were optimised or their parts (of a weighted sum, say).
+
+    The same class with the same identity is the same reward, whatever its batch size.
     """
-    seen: dict[str, int] = {}
-    table = []
-    for prompt in prompts:
-        first = seen.get(prompt, 0)
-        seen[prompt] = first + count
-        table.append([picture_seed(seed, prompt, first + s) for s in range(count)])
-    return np.asarray(table, np.int64)
+    def same(one: Reward, other: Reward) -> bool:
+        return one == other or type(one) is type(other) and identity(one) == identity(other)
+
+    return any(same(one, other) for one in _parts(judge) for reward in training for other in _parts(reward))
 
 
-@dataclass(frozen=True)
-class _Off:
-    """A pipeline whose adapters are off while it draws."""
-
-    pipe: Any
-
-    @contextmanager
-    def __call__(self):
-        self.pipe.disable_lora()
-        try:
-            yield self.pipe
-        finally:
-            self.pipe.enable_lora()
-
-
-def as_draw(side, spec: EvaluateSpec) -> Draw:
-    """A callable (prompts, seeds) -> pictures from a pipeline, or the callable itself."""
-    if isinstance(side, _Off):
-        def draw(prompts, seeds):
-            with side() as pipe:
-                return _generate(pipe, prompts, seeds, spec)
-        return draw
-    if hasattr(side, "components"):  # a diffusers pipeline; it is callable too, with another meaning
-        return lambda prompts, seeds: _generate(side, prompts, seeds, spec)
-    return side
-
-
-def _generate(pipe, prompts, seeds, spec: EvaluateSpec) -> list[Image.Image]:
-    return generate(pipe, prompts, seeds, batch_size=spec.batch_size, progress=None, **_sampling(spec))
-
-
-def _sampling(spec: EvaluateSpec) -> dict[str, Any]:
-    names = ("num_inference_steps", "guidance_scale", "height", "width", "negative_prompt")
-    return {name: getattr(spec, name) for name in names}
+def _parts(value: Any) -> list[Any]:
+    """A reward and those among its options; of a list or mapping, those inside."""
+    if isinstance(value, (list, tuple)):
+        return [part for item in value for part in _parts(item)]
+    if isinstance(value, dict):
+        return _parts(tuple(value.values()))
+    if not dataclasses.is_dataclass(value) or not hasattr(value, "differentiable"):
+        return []
+    inside = _parts(tuple(getattr(value, f.name) for f in dataclasses.fields(value)))
+    return inside or [value]  # a combination is its parts
 
 
 def said(spec: EvaluateSpec) -> dict[str, Any]:
     """How the pictures are drawn, for a report: what the pipelines are called with, and the scheduler put into them."""
-    return {**_sampling(spec), "scheduler": spec.scheduler, "timestep_spacing": spec.timestep_spacing}
+    return {**sampling(spec), "scheduler": spec.scheduler, "timestep_spacing": spec.timestep_spacing, "seeds": spec.seeds,
+            "seed": spec.seed, "batch_size": spec.batch_size}
 
 
-def _drawn(draw: Draw, texts: list[str], seeds: list[int], bar) -> list[Image.Image]:
-    images = draw(list(texts), list(seeds))
-    if len(images) != len(texts):
-        raise ValueError(f"{len(images)} pictures came back for {len(texts)} prompts")
-    bar.update(len(images))
-    return images
+def _called(name: str) -> str:
+    return "aligned model" if name == ALIGNED else f'model "{name}"'
 
 
-def picture_statistics(images: list[Image.Image], texts: list[str]) -> np.ndarray:
-    """[statistics, pictures], in the order of ``STATISTICS``."""
-    return np.stack([statistic(images, texts).numpy() for statistic in STATISTICS])
+def _rewards(spec: EvaluateSpec, training: Sequence[Reward] | None) -> dict[str, Reward]:
+    """The recipe's rewards, and those that were optimised if they are not among them; the judge is apart."""
+    found = dict(spec.rewards)
+    for reward in training or ():
+        if reward not in found.values() and reward != spec.judge:
+            name = reward.name if reward.name not in found else f"{reward.name} (trained on)"
+            found[name] = reward
+    return found
 
 
-def _judged(scores: np.ndarray, judge: Reward | None, spec: EvaluateSpec) -> Paired | None:
-    if judge is None:
-        return None
-    result = paired(*scores, seed=spec.seed, resamples=spec.bootstrap_resamples)
-    if result is None:
-        raise ConfigError(f'evaluate.judge: reward "{judge.name}" could score none of {scores[0].size} pairs of pictures; '
-                          "choose a judge that understands these prompts")
-    return result
+def _drawn(stages: Sequence[Stage], prompts: list[str], spec: EvaluateSpec, rewards: Mapping[str, Reward],
+           places: list[Place], world: World, progress: str | None):
+    """Sides and kept pictures by name, in the stages' order."""
+    sides, kept = {}, {}
+    total = len(prompts) * spec.seeds * sum(len(stage.names) for stage in stages)
+    hidden = True if progress is None or world.rank else None  # None: hidden where the output is no terminal
+    with tqdm(total=total, desc=progress, unit="picture", disable=hidden) as bar:
+        for stage in stages:
+            with stage.open() as open_models:
+                for name in stage.names:
+                    sides[name], kept[name] = draw_and_keep(
+                        open_models[name], prompts, spec.judge, spec, rewards=rewards, keep=places, world=world,
+                        drawn=lambda count: bar.update(min(count * world.size, bar.total - bar.n)))
+    return sides, kept
 
 
-def _by_category(scores, categories, judge, spec: EvaluateSpec) -> dict[str, Paired]:
-    if judge is None or categories is None:
-        return {}
-    names = np.asarray(categories)
-    if len(names) != scores.shape[1]:
-        raise ValueError(f"{len(names)} categories for {scores.shape[1]} prompts")
-    found = {str(name): paired(*scores[:, names == name], seed=spec.seed, resamples=spec.bootstrap_resamples)
-             for name in dict.fromkeys(categories)}
+def _results(sides: Mapping[str, Side], compared: Sequence[str], spec: EvaluateSpec) -> dict[str, Paired]:
+    found = _against_base({name: side.scores for name, side in sides.items()}, compared, spec)
+    if compared[0] not in found:
+        raise ConfigError(f'evaluate.judge: reward "{spec.judge.name}" could score none of {sides[compared[0]].scores.size} '
+                          "pairs of pictures; choose a judge that understands these prompts")
+    return found
+
+
+def _against_base(scores: Mapping[str, np.ndarray], compared: Sequence[str], spec: EvaluateSpec) -> dict[str, Paired]:
+    """scores: [P, S] by name, the base first. Models without a scored pair are left out."""
+    base = next(iter(scores.values()))
+    found = {name: paired(base, scores[name], seed=spec.seed, resamples=spec.bootstrap_resamples) for name in compared}
     return {name: result for name, result in found.items() if result is not None}
 
 
-def drift_of(values: np.ndarray, *, seed: int, resamples: int) -> list[Drift]:
-    """values: [2, statistics, P, S], base first, of ``picture_statistics``."""
-    rows = np.nanmean(values, axis=3)  # [2, statistics, P]
-    intervals = bootstrap(rows[1] - rows[0], seed=seed, resamples=min(2000, resamples))
-    return [_one_drift(statistic.name, *rows[:, i], *intervals[i]) for i, statistic in enumerate(STATISTICS)]
-
-
-def _one_drift(name: str, base: np.ndarray, aligned: np.ndarray, low: float, high: float) -> Drift:
-    spread = float(base.std())
-    moved = float(aligned.mean() - base.mean())
-    shift = moved / spread if spread > 0 else 0.0
-    return Drift(name=name, base=float(base.mean()), aligned=float(aligned.mean()), shift=shift,
-                 flagged=abs(shift) > DRIFT and not low <= 0 <= high)
+def _by_category(sides: Mapping[str, Side], compared: Sequence[str], categories: Sequence[str] | None,
+                 spec: EvaluateSpec) -> dict[str, dict[str, Paired]]:
+    if categories is None:
+        return {}
+    kinds = np.asarray(categories)
+    if len(kinds) != len(next(iter(sides.values())).scores):
+        raise ValueError(f"{len(kinds)} categories for {len(next(iter(sides.values())).scores)} prompts")
+    found: dict[str, dict[str, Paired]] = {name: {} for name in compared}
+    for kind in dict.fromkeys(categories):
+        results = _against_base({name: side.scores[kinds == kind] for name, side in sides.items()}, compared, spec)
+        for name, result in results.items():
+            found[name][str(kind)] = result
+    return found
 
 
 def _random_rows(count: int, spec: EvaluateSpec) -> list[int]:
     return sorted(rng.permutation(count, spec.seed, "grid")[: spec.grid_prompts].tolist())
 
 
-class _Kept:
-    """The pictures worth showing: some rows drawn at random beforehand, and the largest gains and losses so far."""
+def _tile(place: Place, prompts: list[str], seeds: np.ndarray, sides: Mapping[str, Side], pictures: dict[str, Image.Image],
+          judge: Reward | None) -> Tile:
+    return Tile(index=place[0], prompt=prompts[place[0]], seed=int(seeds[place]), pictures=pictures,
+                scores={name: None if judge is None else _number(sides[name].scores[place]) for name in pictures})
 
-    def __init__(self, rows: list[int], extremes: int):
-        self.rows, self.count = set(rows), extremes
-        self.random: list[Tile] = []
-        self.gains: list[Tile] = []
 
-    def offer(self, start: int, texts, seeds, pictures, scores: np.ndarray, per_prompt: int) -> None:
-        """One block: texts and seeds of its pictures, pictures [2][n], scores [2, n]; start: its first prompt's row."""
-        for n, text in enumerate(texts):
-            index = start + n // per_prompt
-            tile = Tile(index=index, prompt=text, seed=int(seeds[n]), base=pictures[0][n], aligned=pictures[1][n],
-                        base_score=_number(scores[0, n]), aligned_score=_number(scores[1, n]))
-            if index in self.rows and n % per_prompt == 0:
-                self.random.append(tile)
-            if abs(tile.gain) > 0:  # False for NaN
-                self.gains.append(tile)
-        ranked = sorted(self.gains, key=lambda tile: tile.gain)
-        self.gains = ranked if len(ranked) <= 2 * self.count else ranked[: self.count] + ranked[-self.count :]
-
-    def tiles(self, judged: bool) -> list[Tile]:
-        return self.random if judged else [replace(tile, base_score=None, aligned_score=None) for tile in self.random]
-
-    def extremes_of(self) -> tuple[list[Tile], list[Tile]]:
-        """(largest gains, largest losses), the largest first."""
-        best = [tile for tile in reversed(self.gains) if tile.gain > 0][: self.count]
-        return best, [tile for tile in self.gains if tile.gain < 0][: self.count]
+def _extremes(stages: Sequence[Stage], sides: Mapping[str, Side], main: str, prompts: list[str], seeds: np.ndarray,
+              spec: EvaluateSpec, count: int, world: World) -> tuple[list[Tile], list[Tile]]:
+    """(largest gains, largest losses), the largest first; the first process draws their pictures again."""
+    base = next(iter(sides))
+    gains = sides[main].scores.astype(np.float64) - sides[base].scores
+    places = [tuple(int(n) for n in np.unravel_index(i, gains.shape)) for i in np.argsort(gains, axis=None, kind="stable")
+              if abs(gains.flat[i]) > 0]  # False for NaN
+    worst = [place for place in places if gains[place] < 0][:count]
+    best = [place for place in reversed(places) if gains[place] > 0][:count]
+    wanted = [*best, *worst]
+    if not wanted or world.rank:
+        return [], []
+    pictures: dict[str, dict[Place, Image.Image]] = {}
+    for stage in stages:
+        shown = [name for name in stage.names if name in (base, main)]
+        if shown:
+            with stage.open() as open_models:
+                for name in shown:
+                    draw = as_draw(open_models[name], spec)
+                    drawn = draw([prompts[row] for row, _ in wanted], [int(seeds[place]) for place in wanted])
+                    pictures[name] = dict(zip(wanted, drawn, strict=True))
+    tiles = {place: _tile(place, prompts, seeds, sides, {name: pictures[name][place] for name in (base, main)}, spec.judge)
+             for place in wanted}
+    return [tiles[place] for place in best], [tiles[place] for place in worst]
 
 
 def _number(score: float) -> float | None:

@@ -1,4 +1,4 @@
-"""The report: report.json for programs, one self-contained report.html for people, grid.png for everybody."""
+"""The report: report.json for programs, one self-contained report.html for people, grids for everybody."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
-from ..sampling.grid import grid, save_grid, score_text
+from ..sampling.grid import WEBP_LIMIT, grid, save_grid, score_text
 from .card import loading
 from .compare import DRIFT, Comparison, Tile, statistics_dict
 from .curves import drawings, read_metrics
 from .files import clean, write, write_json
+from .statistics import Paired
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 LOSSLESS, SHOWN = 256, 640  # up to 256 px a picture is embedded as PNG; larger ones as JPEG of at most 640 px
@@ -33,16 +35,16 @@ LOSSLESS, SHOWN = 256, 640  # up to 256 px a picture is embedded as PNG; larger 
 class Run:
     """The facts of a run that a report and a card tell.
 
-    title: headline, such as "Diffusion-DPO, LoRA, on tiny-sdxl". method: its name. base_model: hub id or folder. fuse_lora:
-    file or folder of the LoRA fused into it. sampling: how pictures are drawn (``compare.said``). data: hub id or file.
-    rank: of the LoRA, None for a full fine-tune. pairs: distinct training pairs. steps: optimizer steps. seconds: of training
+    title: headline, such as "Diffusion-DPO, LoRA, on tiny-sdxl". method: its name, None where nothing was trained.
+    base_model: hub id or folder. fuse_lora: file or folder of the LoRA fused into it. sampling: how pictures are drawn (``compare.said``).
+    data: hub id or file. rank: of the LoRA, None for a full fine-tune. pairs: distinct training pairs. steps: optimizer steps. seconds: of training
     alone, and of everything. heldout: ``preference.before_and_after(...)``. metrics: metrics.jsonl. config: the resolved
-    recipe. command: how to run it again. files: written weights, by name.
+    recipe. command: how to run it again; evaluate_command: the evaluation alone. files: written weights, by name.
     """
 
     title: str
-    method: str
     base_model: str
+    method: str | None = None
     fuse_lora: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     data: str | None = None
@@ -57,73 +59,129 @@ class Run:
     metrics: Path | None = None
     config: dict = field(default_factory=dict)
     command: str | None = None
+    evaluate_command: str | None = None
     files: tuple[str, ...] = ()
 
 
 def write_report(folder: Path | str, run: Run, comparison: Comparison | None) -> dict[str, Any]:
-    """Writes report.json, report.html and grid.png into ``folder``, each atomically; returns what report.json holds."""
+    """Writes report.json, report.html and the grids into ``folder``, each atomically; returns what report.json holds."""
     folder = Path(folder)
     report = build(run, comparison)
     if comparison is not None and comparison.tiles:
-        write_grid(folder / "grid.png", run.title, comparison)
+        write_grids(folder, run.title, comparison)
     write(folder / "report.html", page(report, run, comparison).encode())
     write_json(folder / "report.json", report)
     return report
 
 
 def build(run: Run, comparison: Comparison | None) -> dict[str, Any]:
-    """What report.json holds; all numbers finite or null."""
+    """What report.json holds; all numbers finite or null.
+
+    ``alarm``: what the comparison's alarm says of the main model, null where none was asked: flagged (true or false), reasons
+    (sentences), and perhaps statistics (rows of name, base, aligned, low, high, flagged: the band is the base's).
+    """
     result = comparison.statistics if comparison is not None else None
     names = ("base_score", "aligned_score", "win_rate", "win_rate_low", "win_rate_high")
     heldout = run.heldout or {"before": None, "after": None}
     facts = {
-        "verdict": result.verdict if result else None, "sentence": sentence(run, comparison),
+        "verdict": comparison.verdict(comparison.main) if result else None, "sentence": sentence(run, comparison),
         **{name: getattr(result, name) if result else None for name in names},
+        "alarm": comparison.alarms.get(comparison.main) if comparison is not None else None,
+        "models": _models(comparison), "rewards": _rewards(comparison), "strengths": _strengths(comparison),
+        "holm": comparison.corrected if comparison is not None else {},
+        "judge": comparison.judge if comparison is not None else None,
+        "held_out": comparison.held_out if comparison is not None else None,
+        "training_rewards": comparison.training if comparison is not None else None,
         "heldout_preference_accuracy": heldout,
         "pairs": run.pairs, "steps": run.steps, "train_seconds": run.train_seconds, "total_seconds": run.total_seconds,
         "seed": run.seed, "beta": run.beta, "title": run.title, "method": run.method, "base_model": run.base_model,
         "fuse_lora": run.fuse_lora, "data": run.data, "rank": run.rank, "files": list(run.files), "command": run.command,
-        "versions": versions(), "machine": machine(), "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "evaluate_command": run.evaluate_command, "versions": versions(), "machine": machine(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "identity": comparison.identity if comparison is not None else None,
         "comparison": _comparison(comparison), "config": run.config}
     return clean(facts)
 
 
 def sentence(run: Run, comparison: Comparison | None) -> str:
     """The one sentence on top."""
-    if comparison is not None and comparison.statistics is not None:
-        return comparison.statistics.sentence
+    if comparison is not None and comparison.sentence is not None:
+        return comparison.sentence
     if run.heldout and run.heldout.get("after") is not None:
         return f"Held-out preference accuracy is {100 * run.heldout['after']:.1f}%. No judge has compared pictures."
     return "No judge has compared pictures, so nothing is shown about quality: look at the pictures."
 
 
-def write_grid(path: Path | str, title: str, comparison: Comparison) -> None:
-    """grid.png: the randomly drawn rows, base beside aligned, with their scores when there is a judge."""
+def write_grids(folder: Path | str, title: str, comparison: Comparison, page: bool = False) -> dict[str, Path]:
+    """grid.png and grid.webp (both lossless; WebP where it fits its 16,383 pixels): the randomly drawn rows, a column a model.
+    strengths.png and strengths.webp: the same for a sweep. page: grid.html as well. Returns what was written, by file name.
+    """
+    folder, written = Path(folder), {}
+    names = [comparison.base, *comparison.models]
+    images = {"grid": _picture_grid(comparison, {name: name for name in names}, title, _note(comparison))}
+    if comparison.strengths:
+        images["strengths"] = _picture_grid(comparison, _strength_labels(comparison), f"{title}: strength of the LoRA",
+                                            _sweep_sentence(comparison))
+    tiles = comparison.tiles
+    facts = clean({"prompts": [t.prompt for t in tiles], "seeds": [t.seed for t in tiles], "title": title,
+                   "judge": comparison.judge, "sampling": comparison.sampling, "identity": comparison.identity})
+    for name, image in images.items():
+        for kind in ("png", "webp") if max(image.size) <= WEBP_LIMIT else ("png",):
+            target, path = io.BytesIO(), folder / f"{name}.{kind}"
+            save_grid(image, target, facts, kind)
+            write(path, target.getvalue())
+            written[path.name] = path
+    if page:
+        write(folder / "grid.html", grid_page(title, comparison).encode())
+        written["grid.html"] = folder / "grid.html"
+    return written
+
+
+def _strength_labels(comparison: Comparison) -> dict[str, str]:
+    """Side -> its strength, in words."""
+    best = comparison.sweep.best if comparison.sweep else None
+    return {name: f"{strength:g}" + (" (base)" if name == comparison.base else "") + (", best" if name == best else "")
+            for name, strength in comparison.strengths.items()}
+
+
+def _picture_grid(comparison: Comparison, labels: dict[str, str], title: str, note: str | None) -> Image.Image:
+    """labels: sides that get a column, with what stands above it."""
     tiles = comparison.tiles
     scores = None if comparison.judge is None else {
-        "base": [tile.base_score for tile in tiles], "aligned": [tile.aligned_score for tile in tiles]}
-    image = grid({"base": [tile.base for tile in tiles], "aligned": [tile.aligned for tile in tiles]},
-                 [tile.prompt for tile in tiles], scores=scores, title=title, note=_note(comparison))
-    target = io.BytesIO()
-    save_grid(image, target, clean({"prompts": [t.prompt for t in tiles], "seeds": [t.seed for t in tiles],
-                                    "judge": comparison.judge, "sampling": comparison.sampling, "title": title}))
-    write(Path(path), target.getvalue())
+        label: [tile.scores[name] for tile in tiles] for name, label in labels.items()}
+    means = None if comparison.judge is None else {
+        label: f"mean {_score(_mean(comparison.sides[name].scores))}" for name, label in labels.items()}
+    return grid({label: [tile.pictures[name] for tile in tiles] for name, label in labels.items()},
+                [tile.prompt for tile in tiles], scores=scores, title=title, note=note, heads=means,
+                details=[f"seed {tile.seed}" for tile in tiles])
 
 
 def page(report: dict, run: Run, comparison: Comparison | None) -> str:
     """The HTML page, complete in itself: no network, no fonts, no libraries."""
+    return render(
+        "report.html.j2", report=report, run=run, comparison=comparison,
+        curves=drawings(read_metrics(run.metrics)) if run.metrics else [],
+        config=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True) if report["config"] else "",
+        identity=yaml.safe_dump(report["identity"], sort_keys=False, allow_unicode=True) if report["identity"] else "",
+        note=_note(comparison) if comparison else "", loading=loading(run) if run.method else None, drift_limit=DRIFT,
+        strength_labels=_strength_labels(comparison) if comparison else {})
+
+
+def grid_page(title: str, comparison: Comparison) -> str:
+    """The grid as a page of the same kind: enlarge, swap, walk through prompts and models by keys."""
+    return render("grid.html.j2", title=title, comparison=comparison, note=_note(comparison),
+                   strengths=clean(_strengths(comparison)), strength_labels=_strength_labels(comparison))
+
+
+def render(template: str, **values) -> str:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "score": _score, "duration": _duration, "picture": _data_uri,
-                            "count": lambda n: "not known" if n is None else f"{n:,}"}
+                            "count": lambda n: "not known" if n is None else f"{n:,}", "p_value": _p_value}
     script = environment.get_template("report.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
-        report=report, run=run, comparison=comparison, curves=drawings(read_metrics(run.metrics)) if run.metrics else [],
-        config=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True) if report["config"] else "",
-        note=_note(comparison) if comparison else "", loading=loading(run), drift_limit=DRIFT,
-        # the policy lets exactly this script run: a prompt that slipped through the escaping still could not
-        script=Markup(script), script_digest=digest)
+    # the policy lets exactly this script run: a prompt that slipped through the escaping still could not
+    return environment.get_template(template).render(**values, script=Markup(script), script_digest=digest)
 
 
 def versions() -> dict[str, str]:
@@ -147,22 +205,100 @@ def machine() -> str:
 
 
 def _comparison(comparison: Comparison | None) -> dict | None:
+    """The main model's figures and every score. per prompt: ``base``, ``aligned`` (the main model) and ``scores`` of all."""
     if comparison is None:
         return None
-    result = comparison.statistics
+    result, sides = comparison.statistics, comparison.sides
+    judged = comparison.judge is not None
     per_prompt = [
-        {"prompt": prompt, "seeds": comparison.seeds[i],
-         "base": None if comparison.base_scores is None else comparison.base_scores[i],
-         "aligned": None if comparison.aligned_scores is None else comparison.aligned_scores[i]}
+        {"prompt": prompt, "seeds": comparison.seeds[i], "base": sides[comparison.base].scores[i] if judged else None,
+         "aligned": sides[comparison.main].scores[i] if judged else None,
+         "scores": {name: side.scores[i] for name, side in sides.items()} if judged else None,
+         "rewards": {reward: {name: side.rewards[reward][i] for name, side in sides.items()} for reward in comparison.rewards}}
         for i, prompt in enumerate(comparison.prompts)]
-    return {"judge": comparison.judge, "sampling": comparison.sampling,
+    return {"judge": comparison.judge, "sampling": comparison.sampling, "base": comparison.base, "main": comparison.main,
             "statistics": statistics_dict(result) if result else None,
-            "categories": {name: statistics_dict(part) for name, part in comparison.categories.items()},
-            "drift": [asdict(item) for item in comparison.drift], "prompts": per_prompt}
+            "categories": {name: statistics_dict(part)
+                           for name, part in comparison.categories.get(comparison.main, {}).items()},
+            "drift": [asdict(item) for item in comparison.drift[comparison.main]], "prompts": per_prompt}
+
+
+def _models(comparison: Comparison | None) -> dict[str, dict]:
+    """Every model beside the base: the judge's statistics (``verdict`` alone, ``verdict_corrected`` after Holm)."""
+    if comparison is None:
+        return {}
+    base = comparison.sides[comparison.base]
+    found = {}
+    for name in comparison.models:
+        result, side = comparison.results.get(name), comparison.sides[name]
+        found[name] = {
+            **(statistics_dict(result) if result else {}), "holm": comparison.corrected.get(name),
+            "verdict_corrected": comparison.verdict(name),
+            "survives": None if result is None else comparison.verdict(name) == result.verdict,
+            "categories": {kind: statistics_dict(part) for kind, part in comparison.categories.get(name, {}).items()},
+            "drift": [asdict(item) for item in comparison.drift[name]], "alarm": comparison.alarms.get(name),
+            "diversity": _ratio(_mean(side.spread), _mean(base.spread))}
+    return found
+
+
+def _rewards(comparison: Comparison | None) -> dict[str, dict]:
+    """The judge, then the others: mean score of every side, statistics of every model, pictures that could not be scored."""
+    if comparison is None or comparison.judge is None and not comparison.rewards:
+        return {}
+    sides, training = comparison.sides, comparison.training or ()
+    table: dict[str, dict] = {}
+    if comparison.judge is not None:
+        name = comparison.judge if comparison.judge not in comparison.rewards else f"{comparison.judge} (judge)"
+        role = "judge, trained on" if comparison.held_out is False else "judge"
+        table[name] = _reward({name: side.scores for name, side in sides.items()}, comparison.results, role)
+    for reward, results in comparison.rewards.items():
+        kind = comparison.identity["rewards"][reward]["name"]
+        table[reward] = _reward({name: side.rewards[reward] for name, side in sides.items()}, results,
+                                "trained on" if kind in training else "reported")
+    return table
+
+
+def _reward(scores: dict[str, Any], results: dict[str, Paired], role: str) -> dict[str, Any]:
+    return {"role": role, "means": {name: _mean(values) for name, values in scores.items()},
+            "models": {name: statistics_dict(result) for name, result in results.items()},
+            "failures": {name: int(np.isnan(values).sum()) for name, values in scores.items()}}
+
+
+def _strengths(comparison: Comparison | None) -> dict | None:
+    """The sweep: what each strength scores, and the best."""
+    if comparison is None or comparison.sweep is None:
+        return None
+    found = comparison.sweep
+    rows = [{"strength": strength, "side": name, "score": found.scores[name], "picked": found.picked[name],
+             "statistics": statistics_dict(comparison.swept[name]) if name in comparison.swept else None}
+            for name, strength in comparison.strengths.items()]
+    return {"best": comparison.strengths[found.best], "sentence": _sweep_sentence(comparison), "strengths": rows}
+
+
+def _sweep_sentence(comparison: Comparison) -> str | None:
+    if comparison.sweep is None:
+        return None
+    found = comparison.sweep
+    strength, result = comparison.strengths[found.best], comparison.swept.get(found.best)
+    wins = "" if result is None or found.best == comparison.base else (
+        f", wins {_percent(result.win_rate)} of prompts against the base, 95% interval {_percent(result.win_rate_low)} to "
+        f"{_percent(result.win_rate_high)}")
+    return (f"Best strength by the judge: {strength:g} (mean score {_score(found.scores[found.best])}{wins}). It was picked "
+            "on these very prompts, so its figures are somewhat too good; when the prompts are resampled it comes out best in "
+            f"{_percent(found.picked[found.best], 0)} of cases.")
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Over what is known."""
+    return None if np.isnan(values).all() else float(np.nanmean(values))
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return None if one is None or not other else one / other
 
 
 def _note(comparison: Comparison) -> str:
-    sampling, shown, total = comparison.sampling, len(comparison.tiles), len(comparison.prompts)
+    sampling, shown, total = comparison.sampling, len({tile.index for tile in comparison.tiles}), len(comparison.prompts)
     which = "all prompts" if shown == total else f"{shown} of {total:,} prompts, drawn at random"
     scheduler = f" with {sampling['scheduler']}" if sampling.get("scheduler") else ""
     return (f"Same prompt and seed in a row. {which[0].upper()}{which[1:]}. {sampling['num_inference_steps']} steps"
@@ -190,6 +326,10 @@ def _score(value: float | None) -> str:
     return "not scored" if value is None or value != value else score_text(value)
 
 
+def _p_value(value: float | None) -> str:
+    return "–" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "not known"
@@ -198,4 +338,4 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-__all__ = ["Run", "Tile", "build", "page", "sentence", "versions", "write_grid", "write_report"]
+__all__ = ["Run", "Tile", "build", "grid_page", "page", "sentence", "versions", "write_grids", "write_report"]

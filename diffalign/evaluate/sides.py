@@ -1,15 +1,16 @@
-"""Several runs against one base: each side is drawn once, kept as numbers, and pooled over training runs.
+"""One side of a comparison: a model's pictures of all prompts, as numbers. Runs of several training seeds are pooled.
 
-``compare`` draws both models; a study of many runs would draw the same base again for each. A ``Side`` is what the comparison
-needs of one model's pictures, without the pictures. Prompts and picture seeds pair as they do in ``compare``.
+A comparison is sides by name, each drawn on its own with the same prompts and picture seeds (``compare``). A study of many
+runs keeps the base's side in a file and draws the others when they are trained.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,37 +18,66 @@ from PIL import Image
 
 from ..methods.base import Context
 from ..rewards.base import Reward, judged
+from ..rewards.rules import Brightness, Colourfulness, Compressibility
+from ..sampling.generate import generate, picture_seed
 from ..types import Batch, Memory
-from .compare import STATISTICS, Drift, as_draw, drift_of, picture_seeds, picture_statistics
 from .files import write
 from .preference import Margins, measure
+from .shards import Alone, World, blocks, exchange
 from .spec import EvaluateSpec
 from .statistics import Paired, bootstrap, paired
+
+Draw = Callable[[list[str], list[int]], list[Image.Image]]
+Place = tuple[int, int]  # a picture: row of its prompt, number of its seed
+STATISTICS = (Brightness(), Colourfulness(), Compressibility())
+DRIFT = 0.5  # a picture statistic that moves by more than this many standard deviations of the base is flagged
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
     """One model on P prompts with S pictures each.
 
-    scores: [P, S] float32, NaN where the judge cannot score. statistics: [n, P, S], in the order of ``STATISTICS``.
-    spread: [P], mean distance between a prompt's pictures (root mean square over pixels, 0 to 255); NaN with one picture.
-    margins: [pairs, draws] of ``pair_margins``, or None where they were not measured.
+    scores: [P, S] float32 of the judge, NaN where it cannot score (everywhere without a judge). rewards: the same for further
+    rewards, by name. statistics: [n, P, S], in the order of ``STATISTICS``. spread: [P], mean distance between a prompt's
+    pictures (root mean square over pixels, 0 to 255); NaN with one picture. margins: [pairs, draws] of ``pair_margins``, or
+    None where they were not measured.
     """
 
     scores: np.ndarray
     statistics: np.ndarray
     spread: np.ndarray
     margins: np.ndarray | None = None
+    rewards: dict[str, np.ndarray] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        if self.rewards:
+            arrays |= {"reward_names": np.asarray(list(self.rewards)), "reward_scores": np.stack(list(self.rewards.values()))}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: value for name, value in vars(self).items() if value is not None})
+        np.savez_compressed(buffer, **arrays)
         write(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Side:
         with np.load(path, allow_pickle=False) as stored:
-            return cls(**{name: stored[name] for name in stored.files})
+            arrays = {name: stored[name] for name in stored.files}
+        names, scores = arrays.pop("reward_names", ()), arrays.pop("reward_scores", ())
+        return cls(**arrays, rewards={str(name): row for name, row in zip(names, scores, strict=True)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How a cheap statistic of the pictures moved: the first sign of a judge being gamed (colour casts, smoothing).
+
+    shift: difference of the means in standard deviations of the base; flagged beyond 0.5 when the 95 % interval of the
+    difference also leaves 0 out.
+    """
+
+    name: str
+    base: float
+    aligned: float
+    shift: float
+    flagged: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,29 +96,114 @@ class Pooled:
     diversity: float | None
 
 
-def draw_side(model, prompts: Sequence[str], judge: Reward, spec: EvaluateSpec) -> Side:
-    """model: a pipeline or a callable (prompts, seeds) -> pictures. spec.seed must be given: it pairs the sides."""
+def draw_side(model, prompts: Sequence[str], judge: Reward | None, spec: EvaluateSpec, **options) -> Side:
+    """model: a pipeline or a callable (prompts, seeds) -> pictures. options: those of ``draw_and_keep``."""
+    return draw_and_keep(model, prompts, judge, spec, **options)[0]
+
+
+def draw_and_keep(model, prompts: Sequence[str], judge: Reward | None, spec: EvaluateSpec, *,
+                  rewards: Mapping[str, Reward] | None = None, keep: Collection[Place] = (), world: World | None = None,
+                  drawn: Callable[[int], None] = lambda count: None) -> tuple[Side, dict[Place, Image.Image]]:
+    """A side, and the pictures at the places ``keep``. drawn: called with the number of pictures after each block.
+
+    Works in blocks of ``spec.batch_size`` pictures that the processes of ``world`` share, and forgets a block's pictures but
+    those to keep, so memory does not grow with the number of prompts. All processes get the same result, which does not depend
+    on their number. spec.seed must be given: it pairs the sides.
+    """
     if spec.seed is None:
         raise ValueError("evaluate.seed is null: sides that are drawn apart need a seed in common")
-    draw, seeds = as_draw(model, spec), picture_seeds(prompts, spec.seeds, spec.seed)
-    scores, statistics = np.full(seeds.shape, np.nan, np.float32), np.full((len(STATISTICS), *seeds.shape), np.nan)
-    spread, step = np.full(len(prompts), np.nan), max(1, spec.batch_size // spec.seeds)
-    for start in range(0, len(prompts), step):
-        rows = slice(start, start + step)
+    draw, seeds, world = as_draw(model, spec), picture_seeds(prompts, spec.seeds, spec.seed), world or Alone()
+    rewards, found = dict(rewards or {}), {}
+    for rows in blocks(len(prompts), max(1, spec.batch_size // spec.seeds), world):
         texts = [prompt for prompt in prompts[rows] for _ in range(spec.seeds)]
-        images = draw(texts, seeds[rows].ravel().tolist())
-        shape = seeds[rows].shape
-        scores[rows] = judged(judge, images, texts).numpy().reshape(shape)
-        statistics[:, rows] = picture_statistics(images, texts).reshape(-1, *shape)
-        if spec.seeds > 1:
-            spread[rows] = [_spread(images[i:i + spec.seeds]) for i in range(0, len(images), spec.seeds)]
-    return Side(scores=scores, statistics=statistics, spread=spread)
+        images = draw(list(texts), seeds[rows].ravel().tolist())
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} pictures came back for {len(texts)} prompts")
+        drawn(len(images))
+        measured = _measured(images, texts, judge, rewards, spec.seeds)
+        found |= {f"{name} {rows.start}": values for name, values in measured.items()}
+        found |= {f"picture {row} {number}": np.asarray(images[(row - rows.start) * spec.seeds + number].convert("RGB"))
+                  for row, number in keep if rows.start <= row < rows.stop}
+    found = exchange(world, found)
+    table = {name: np.concatenate([found[key] for key in _in_order(found, name)])
+             for name in ("scores", "rewards", "statistics", "spread")}
+    side = Side(scores=table["scores"], statistics=np.moveaxis(table["statistics"], 0, 1), spread=table["spread"],
+                rewards=dict(zip(rewards, np.moveaxis(table["rewards"], 0, 1), strict=True)))
+    return side, {place: Image.fromarray(found["picture {} {}".format(*place)]) for place in keep}
+
+
+def _measured(images: list[Image.Image], texts: list[str], judge: Reward | None, rewards: Mapping[str, Reward],
+              count: int) -> dict[str, np.ndarray]:
+    """Of one block of prompts with ``count`` pictures each: arrays whose first axis is the prompt."""
+    scores = np.full(len(images), np.nan, np.float32) if judge is None else judged(judge, images, texts).numpy()
+    others = [scores if reward == judge else judged(reward, images, texts).numpy() for reward in rewards.values()]
+
+    def by_prompt(rows: np.ndarray) -> np.ndarray:
+        """[k, pictures] -> [prompts, k, S]."""
+        return np.moveaxis(rows.reshape(len(rows), len(images) // count, count), 1, 0)
+
+    return {"scores": scores.reshape(-1, count),
+            "rewards": by_prompt(np.asarray(others, np.float32).reshape(len(others), len(images))),
+            "statistics": by_prompt(picture_statistics(images, texts)),
+            "spread": np.asarray([_spread(images[i:i + count]) for i in range(0, len(images), count)])}
+
+
+def _in_order(found: Mapping[str, np.ndarray], name: str) -> list[str]:
+    return sorted((key for key in found if key.startswith(f"{name} ")), key=lambda key: int(key.rsplit(" ", 1)[1]))
+
+
+def picture_seeds(prompts: Sequence[str], count: int, seed: int) -> np.ndarray:
+    """``count`` seeds per prompt, [P, S] int64. A seed depends on the prompt's text, not on its place; where a prompt comes
+    again it gets other seeds.
+    """
+    seen: dict[str, int] = {}
+    table = []
+    for prompt in prompts:
+        first = seen.get(prompt, 0)
+        seen[prompt] = first + count
+        table.append([picture_seed(seed, prompt, first + s) for s in range(count)])
+    return np.asarray(table, np.int64)
+
+
+def as_draw(model, spec: EvaluateSpec) -> Draw:
+    """A callable (prompts, seeds) -> pictures from a pipeline, or the callable itself."""
+    if hasattr(model, "components"):  # a diffusers pipeline; it is callable too, with another meaning
+        return lambda prompts, seeds: generate(model, prompts, seeds, batch_size=spec.batch_size, progress=None,
+                                               **sampling(spec))
+    return model
+
+
+def sampling(spec: EvaluateSpec) -> dict[str, Any]:
+    """What pipelines are called with."""
+    names = ("num_inference_steps", "guidance_scale", "height", "width", "negative_prompt")
+    return {name: getattr(spec, name) for name in names}
+
+
+def picture_statistics(images: list[Image.Image], texts: list[str]) -> np.ndarray:
+    """[statistics, pictures], in the order of ``STATISTICS``."""
+    return np.stack([statistic(images, texts).numpy() for statistic in STATISTICS])
+
+
+def drift_of(base: np.ndarray, aligned: np.ndarray, *, seed: int, resamples: int) -> list[Drift]:
+    """base, aligned: [statistics, P, S] of ``picture_statistics``."""
+    rows = np.nanmean(np.stack([base, aligned]), axis=3)  # [2, statistics, P]
+    intervals = bootstrap(rows[1] - rows[0], seed=seed, resamples=min(2000, resamples))
+    return [_one_drift(statistic.name, *rows[:, i], *intervals[i]) for i, statistic in enumerate(STATISTICS)]
+
+
+def _one_drift(name: str, base: np.ndarray, aligned: np.ndarray, low: float, high: float) -> Drift:
+    spread = float(base.std())
+    moved = float(aligned.mean() - base.mean())
+    shift = moved / spread if spread > 0 else 0.0
+    return Drift(name=name, base=float(base.mean()), aligned=float(aligned.mean()), shift=shift,
+                 flagged=abs(shift) > DRIFT and not low <= 0 <= high)
 
 
 def _spread(images: list[Image.Image]) -> float:
-    """Mean over pairs of the root mean square difference, 0 to 255."""
+    """Mean over pairs of the root mean square difference, 0 to 255; NaN of one picture."""
     arrays = [np.asarray(image.convert("RGB"), np.float64) for image in images]
-    return float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for i, a in enumerate(arrays) for b in arrays[i + 1:]]))
+    apart = [np.sqrt(np.mean((a - b) ** 2)) for i, a in enumerate(arrays) for b in arrays[i + 1:]]
+    return float(np.mean(apart)) if apart else float("nan")
 
 
 def pool(base: Side, runs: Sequence[Side], *, seed: int = 0, resamples: int = 10_000) -> Pooled | None:
@@ -99,12 +214,12 @@ def pool(base: Side, runs: Sequence[Side], *, seed: int = 0, resamples: int = 10
     if result is None:
         return None
     alone = [paired(base.scores, run.scores, seed=seed, resamples=10) for run in runs]
-    values = np.stack([np.tile(base.statistics, count), np.concatenate([run.statistics for run in runs], 2)])
     spread = np.mean([run.spread for run in runs], 0)
     return Pooled(
         statistics=result, win_rates=[one.win_rate for one in alone if one],
         scores=[one.aligned_score for one in alone if one],
-        drift=drift_of(values, seed=seed, resamples=resamples),
+        drift=drift_of(np.tile(base.statistics, count), np.concatenate([run.statistics for run in runs], 2), seed=seed,
+                       resamples=resamples),
         diversity=None if np.isnan(spread).all() else float(np.nanmean(spread) / np.nanmean(base.spread)))
 
 

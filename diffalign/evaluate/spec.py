@@ -1,20 +1,54 @@
-"""What a recipe says about the comparison of base and aligned model."""
+"""What a recipe says about the comparison of base and aligned model, and of others."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..rewards import Reward
 
 LARGEST = 1_000_000  # of any count: far beyond any use, far below what overflows an index
+STRONGEST = 10.0  # of a LoRA's strength: beyond it there is only noise
+BASE, ALIGNED = "base", "aligned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """A further model, drawn with the same prompts and seeds.
+
+    lora: safetensors file, or folder with pytorch_lora_weights.safetensors, at strength lora_scale. checkpoint: N takes the
+    weights of this run's checkpoint-N. pretrained_model_name_or_path, revision, variant: another pipeline; null is the
+    recipe's own base.
+    """
+
+    lora: str | None = None
+    lora_scale: float = 1.0
+    checkpoint: int | None = None
+    pretrained_model_name_or_path: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+
+    def __post_init__(self):
+        if self.lora is None and self.checkpoint is None and self.pretrained_model_name_or_path is None:
+            raise ValueError("lora is missing: a further model is a lora, a checkpoint or a pretrained_model_name_or_path")
+        if self.checkpoint is not None and (self.lora is not None or self.pretrained_model_name_or_path is not None):
+            raise ValueError("checkpoint stands alone: it is this run's weights on the recipe's base")
+        if self.pretrained_model_name_or_path is None and (self.revision is not None or self.variant is not None):
+            raise ValueError("revision and variant belong to a pretrained_model_name_or_path, which is missing")
+        if self.checkpoint is not None and self.checkpoint < 0:
+            raise ValueError(f"checkpoint must not be negative, got {self.checkpoint}")
+        if not 0 <= self.lora_scale <= STRONGEST:
+            raise ValueError(f"lora_scale must lie in 0..{STRONGEST:g}, got {self.lora_scale}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSpec:
-    """Base beside aligned, same prompts, same seeds, judged by a reward.
+    """Base beside aligned and others, same prompts, same seeds, judged by a reward that should not have been trained on.
 
-    prompts: text file, one prompt a line. judge: a reward; null draws pictures only.
+    prompts: text file, one prompt a line, or a benchmark's own file (see ``prompts.py``). judge: a reward, whose verdict
+    counts; null draws pictures only. rewards: further ones by name, reported beside it. training_reward: what training
+    optimised; null takes an online recipe's own, or those in a build.json beside the data. models: further models by name.
+    strengths: of the LoRA (of the first model without training), such as [0, 0.25, 0.5, 0.75, 1, 1.2], to find the best.
     seeds: pictures per prompt and model; the interval is a bootstrap over prompts. seed: null takes the run's.
     grid_prompts: rows of grid.png, drawn at random.
 
@@ -24,6 +58,10 @@ class EvaluateSpec:
 
     prompts: str
     judge: Reward | None = None
+    rewards: dict[str, Reward] = field(default_factory=dict)
+    training_reward: Reward | None = None
+    models: dict[str, Entrant] = field(default_factory=dict)
+    strengths: tuple[float, ...] = ()
     seeds: int = 1
     seed: int | None = None
     num_inference_steps: int = 30
@@ -43,3 +81,8 @@ class EvaluateSpec:
                 raise ValueError(f"{name} must be at least 1 and at most {LARGEST:,}, got {getattr(self, name)}")
         if self.guidance_scale < 0:
             raise ValueError(f"guidance_scale must not be negative, got {self.guidance_scale}")
+        taken = next((name for name in self.models if name in (BASE, ALIGNED) or not name.strip()), None)
+        if taken is not None:
+            raise ValueError(f"models has one called {taken!r}: choose another name")
+        if len(set(self.strengths)) < len(self.strengths) or not all(0 <= s <= STRONGEST for s in self.strengths):
+            raise ValueError(f"strengths must differ and lie in 0..{STRONGEST:g}, got {list(self.strengths)}")

@@ -1,13 +1,15 @@
-"""Paired statistics of two models' scores: win rate with an interval, mean difference, sign test, and one plain sentence.
+"""Paired statistics of models' scores: win rate with an interval, mean difference, sign test, and one plain sentence.
 
 The unit is the prompt. A prompt's win is its mean over seeds of 1 (the aligned picture scores higher), 1/2 (a tie) or 0.
 Intervals are percentile bootstraps over prompts, keyed by a seed, with the percentiles widened for small samples
-(Hesterberg 2015, "What teachers should know about the bootstrap", section 4.2: "expanded percentile").
+(Hesterberg 2015, "What teachers should know about the bootstrap", section 4.2: "expanded percentile"). Where several models
+are compared with one base, the p-values of the sign tests are corrected by Holm's step-down rule (Holm 1979).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ from scipy.stats import binomtest, norm, t
 from .. import rng
 
 LEVEL = 0.95
+ERROR = 1 - LEVEL  # chance of calling at least one of several equal models better or worse
 TIE = 1e-6  # scores closer than this, absolutely and relatively, are a tie
 POWER = 0.8
 FEWEST = 6  # prompts that can decide: a clean sweep of five has a two-sided sign test of 2/2^5 = 0.06, of six 0.03
@@ -53,13 +56,17 @@ class Paired:
     @property
     def sentence(self) -> str:
         """The verdict in plain English."""
+        return self.about("aligned model")
+
+    def about(self, name: str) -> str:
+        """The verdict on a model called ``name``, in plain English."""
         rate = f"{_percent(self.win_rate)} of {self.prompts:,} prompts"
         interval = f"95% interval {_percent(self.win_rate_low)} to {_percent(self.win_rate_high)}"
         if self.verdict == "better":
-            return f"The aligned model is better: it wins {rate} ({interval}; ties count half)."
+            return f"The {name} is better: it wins {rate} ({interval}; ties count half)."
         if self.verdict == "worse":
-            return f"The aligned model is worse: it wins only {rate} ({interval}; ties count half)."
-        open_ = f"No difference is shown at this size: the aligned model wins {rate} ({interval}; ties count half)."
+            return f"The {name} is worse: it wins only {rate} ({interval}; ties count half)."
+        open_ = f"No difference is shown at this size: the {name} wins {rate} ({interval}; ties count half)."
         return f"{open_} {self._needs()}"
 
     def _needs(self) -> str:
@@ -97,10 +104,52 @@ def paired(base: np.ndarray, aligned: np.ndarray, *, seed: int = 0, resamples: i
         prompts_needed=prompts_needed(rows[0]), verdict=_verdict(low, high, rows.shape[1]))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's corrected p-values, in the order given: the k-th smallest of m is multiplied by m - k + 1, and none is below a
+    smaller one's. Rejecting those below 0.05 errs at all in at most 5 % of studies, however the tests depend on each other.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, least = [1.0] * len(order), 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min(1.0, (len(order) - rank) * p_values[i]))
+        corrected[i] = least
+    return corrected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Which of several settings the judge likes best, chosen on the prompts that it is reported for: the figures of the best
+    are somewhat too good, since the luckiest of equals is taken.
+
+    scores: mean score by setting. best: the highest (the first of equals). picked: share of resamples of the prompts in which
+    each setting comes out best; far below 1 for the best, it might as well have been another.
+    """
+
+    scores: dict[str, float]
+    best: str
+    picked: dict[str, float]
+
+
+def sweep(scores: dict[str, np.ndarray], *, seed: int = 0, resamples: int = 10_000) -> Sweep | None:
+    """scores: [P, S] by setting, NaN where not scored; prompts that a setting has no score for are left out of all.
+
+    None when no prompt is left.
+    """
+    known = {name: ~np.isnan(values) for name, values in scores.items()}
+    rows = np.stack([_mean(np.asarray(values, np.float64), known[name]) for name, values in scores.items()])  # [settings, P]
+    rows = rows[:, ~np.isnan(rows).any(0)]
+    if not rows.shape[1]:
+        return None
+    means, names = rows.mean(1), list(scores)
+    picked = np.bincount(_resampled(rows, seed, resamples).argmax(1), minlength=len(names)) / resamples
+    return Sweep(scores=dict(zip(names, means.tolist(), strict=True)), best=names[int(means.argmax())],
+                 picked=dict(zip(names, picked.tolist(), strict=True)))
+
+
 def outcomes(base: np.ndarray, aligned: np.ndarray) -> np.ndarray:
     """1 where aligned scores higher, 0 where lower, 1/2 for a tie, NaN where either is NaN; any shape."""
     tie = np.isclose(aligned, base, rtol=TIE, atol=TIE)
-    outcome = np.where(tie, 0.5, (aligned > base).astype(np.float64))
+    outcome = np.where(tie, 0.5, np.greater(aligned, base).astype(np.float64))
     return np.where(np.isnan(base) | np.isnan(aligned), np.nan, outcome)
 
 
@@ -109,6 +158,13 @@ def bootstrap(rows: np.ndarray, *, seed: int, resamples: int) -> list[tuple[floa
 
     A row of one value has an interval without width: the caller must know what its spread could have been.
     """
+    means = _resampled(rows, seed, resamples)
+    tail = _expanded_tail(rows.shape[1])
+    return [(float(low), float(high)) for low, high in np.quantile(means, [tail, 1 - tail], axis=0).T]
+
+
+def _resampled(rows: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """Means of each row of [R, n] over resampled columns, [resamples, R]."""
     count = rows.shape[1]
     draw = rng.generator(seed, "bootstrap")
     block = max(1, 2_000_000 // count)  # keeps a block of resamples below about 50 MB
@@ -116,9 +172,7 @@ def bootstrap(rows: np.ndarray, *, seed: int, resamples: int) -> list[tuple[floa
     for start in range(0, resamples, block):
         picked = draw.integers(0, count, size=(min(block, resamples - start), count))
         parts.append(np.stack([row[picked].mean(1) for row in rows], axis=1))
-    means = np.concatenate(parts)  # [resamples, R]
-    tail = _expanded_tail(count)
-    return [(float(low), float(high)) for low, high in np.quantile(means, [tail, 1 - tail], axis=0).T]
+    return np.concatenate(parts)
 
 
 def _expanded_tail(count: int) -> float:

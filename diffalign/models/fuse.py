@@ -25,16 +25,16 @@ _TEXT = re.compile(r"text_encoder|lora_te")
 _LAYER = re.compile(r"(?:unet|transformer)\.(.+)\.(lora_A|lora_B|lora\.down|lora\.up)\.weight")
 
 
-def lora_file(name: str) -> Path:
-    """The safetensors file that ``model.fuse_lora`` names, by itself or by its folder. Raises ModelError."""
+def lora_file(name: str, option: str = "model.fuse_lora") -> Path:
+    """The safetensors file that the option names, by itself or by its folder. Raises ModelError."""
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         path = os.path.join(path, f"{STEM}.safetensors")
     if not os.path.isfile(path):
-        raise ModelError(f"model.fuse_lora: {path}: no such file; give a LoRA in safetensors, or a folder that holds "
+        raise ModelError(f"{option}: {path}: no such file; give a LoRA in safetensors, or a folder that holds "
                          f"{STEM}.safetensors")
     if not path.endswith(".safetensors"):
-        raise ModelError(f"model.fuse_lora: {path}: only .safetensors files are read")
+        raise ModelError(f"{option}: {path}: only .safetensors files are read")
     return Path(path)
 
 

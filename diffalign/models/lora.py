@@ -58,16 +58,19 @@ def _check_targets(denoiser: Denoiser, targets: list[str]) -> None:
                           f"its family's default is {list(denoiser.lora_targets)}")
 
 
-def load(pipe, file: Path) -> None:
-    """Put the LoRA of a ``pytorch_lora_weights.safetensors`` on a stock pipeline. Raises ModelError, one line."""
+def load(pipe, file: Path, adapter: str = "default_0") -> None:
+    """Put the LoRA of a safetensors file on a stock pipeline, under the name ``adapter``, beside those that are on it.
+
+    Raises ModelError, one line.
+    """
     check_weights([file], "the trained LoRA")
     try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{file}: does not fit this model ({reason}); run `diffalign train` again") from error
-    if not adapter_layers(getattr(pipe, "unet", None) or pipe.transformer):
-        raise ModelError(f"{file}: holds nothing for this model; run `diffalign train` again")
+        raise ModelError(f"{file}: does not fit this model ({reason}); train it again, or name its own base") from error
+    if not any(adapter in names for names in pipe.get_list_adapters().values()):
+        raise ModelError(f"{file}: holds nothing for this model; train it again, or name its own base")
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,63 +1,88 @@
-"""``diffalign evaluate`` and ``diffalign grid``: base and aligned side by side."""
+"""``diffalign evaluate`` and ``diffalign grid``: base, aligned and other models side by side."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import shlex
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from .. import rng
-from ..config import Recipe
+from ..config import Evaluation, Recipe, as_tree, dump, load_reward
 from ..data.prompts import read_prompts
-from ..errors import ConfigError
+from ..data.sources import Online
+from ..errors import ConfigError, UserError
 from ..evaluate.card import write_card
-from ..evaluate.compare import Comparison, compare, lora_off_and_on
-from ..evaluate.report import write_grid, write_report
-from ..models.load import load_pipeline, model_identity
-from ..models.lora import load as load_lora
-from ..sampling.scheduler import make_scheduler
+from ..evaluate.compare import Comparison, compare
+from ..evaluate.files import write
+from ..evaluate.report import Run, write_grids, write_report
+from ..models.load import model_identity
+from ..rewards import Reward
+from ..train import make_accelerator, world_of
+from ..train.spec import TrainSpec
 from . import parts
-from .words import LORA_FILE, PIPELINE, SUMMARY, Printer, run_of, silent, title
+from .entrants import Entrants
+from .words import SUMMARY, Printer, run_of, silent
 
 FACTS = ("base", "pairs", "step", "seconds", "wall_seconds", "heldout")  # of train.json, needed by a report
+RESOLVED = "evaluation.resolved.yaml"  # the recipe with its overrides: what repeats the evaluation
+BUILT = "build.json"  # beside a data set that ``diffalign build`` made
 
 
-def evaluate(recipe: Recipe, printer: Printer = silent) -> dict:
-    """Base beside aligned on the recipe's prompts: report.json, report.html, grid.png, README.md. Returns the report."""
-    started, output_dir = time.monotonic(), Path(recipe.output_dir)
-    facts = _trained(recipe)
-    comparison = _compare(recipe)
-    facts["total_seconds"] = facts["wall_seconds"] + time.monotonic() - started
-    run = run_of(recipe, facts)
+def evaluate(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
+    """All models on the recipe's prompts: report.json, report.html, grid.png, grid.webp, README.md. Returns the report.
+
+    Several processes share the drawing; the first one writes.
+    """
+    started = time.monotonic()
+    facts = _facts(recipe)
+    entrants = Entrants.of(recipe)
+    accelerator = _accelerator(recipe)
+    comparison = _compare(recipe, entrants, accelerator)
+    run = _run(recipe, entrants, facts, time.monotonic() - started)
+    if not accelerator.is_main_process:
+        return {}
+    output_dir = Path(recipe.output_dir)
+    write(output_dir / RESOLVED, dump(recipe).encode())
     report = write_report(output_dir, run, comparison)
-    write_card(output_dir, run, report)
+    if facts is not None:
+        write_card(output_dir, run, report)
     printer(report["sentence"])
-    for drift in comparison.drift:
-        if drift.flagged:
-            printer(f"look out: {drift.name} moved from {drift.base:.3g} to {drift.aligned:.3g}")
+    if report["strengths"]:
+        printer(report["strengths"]["sentence"])
+    for name, drifts in comparison.drift.items():
+        for drift in drifts:
+            if drift.flagged:
+                printer(f"look out: {drift.name} of {name} moved from {drift.base:.3g} to {drift.aligned:.3g}")
     printer(f"report: {output_dir / 'report.html'}")
     return report
 
 
-def grid(recipe: Recipe, printer: Printer = silent) -> dict:
-    """The comparison grid alone: only its own rows are drawn, no figure is made."""
-    _trained(recipe)
-    comparison = _compare(recipe, rows_only=True)
-    path = Path(recipe.output_dir) / "grid.png"
-    write_grid(path, title(recipe), comparison)
-    printer(f"grid: {path}")
-    return {"grid": str(path)}
+def grid(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
+    """The comparison grid alone, with all its seeds: only its own rows are drawn, no figure is made."""
+    facts = _facts(recipe)
+    entrants = Entrants.of(recipe)
+    accelerator = _accelerator(recipe)
+    comparison = _compare(recipe, entrants, accelerator, rows_only=True)
+    if not accelerator.is_main_process:
+        return {}
+    written = write_grids(Path(recipe.output_dir), _run(recipe, entrants, facts, 0.0).title, comparison, page=True)
+    for path in written.values():
+        printer(f"grid: {path}")
+    return {name: str(path) for name, path in written.items()}
 
 
-def _trained(recipe: Recipe) -> dict:
-    """train.json of a finished run. Raises ConfigError where there is none."""
+def _facts(recipe: Recipe | Evaluation) -> dict | None:
+    """train.json of the finished run, None without training. Raises ConfigError where something is missing."""
     if recipe.evaluate is None:
         raise ConfigError("evaluate: is missing; add the section, such as evaluate={prompts: prompts.txt, judge: scenes}")
     parts.check_evaluate(recipe)
+    return None if isinstance(recipe, Evaluation) else _trained(recipe)
+
+
+def _trained(recipe: Recipe) -> dict:
     path = Path(recipe.output_dir) / SUMMARY
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -71,44 +96,53 @@ def _trained(recipe: Recipe) -> dict:
     return facts
 
 
-def _compare(recipe: Recipe, rows_only: bool = False) -> Comparison:
-    spec = recipe.evaluate
+def _accelerator(recipe: Recipe | Evaluation):
+    """Placement and processes. Pictures are drawn in full precision, whatever training used."""
+    cpu = recipe.cpu if isinstance(recipe, Evaluation) else recipe.train.cpu
+    return make_accelerator(TrainSpec(cpu=cpu, mixed_precision="no", allow_tf32=False), Path(recipe.output_dir))
+
+
+def _compare(recipe: Recipe | Evaluation, entrants: Entrants, accelerator, rows_only: bool = False) -> Comparison:
+    spec = dataclasses.replace(recipe.evaluate, seed=recipe.seed if recipe.evaluate.seed is None else recipe.evaluate.seed)
     prompts = read_prompts(spec.prompts)
-    texts = prompts.texts
+    texts, categories = prompts.texts, prompts.categories
     if rows_only:
-        spec = dataclasses.replace(spec, seeds=1)
-        seed = spec.seed if spec.seed is not None else recipe.seed
-        texts = [texts[i] for i in sorted(rng.permutation(len(texts), seed, "grid")[:spec.grid_prompts].tolist())]
-    with _both_sides(recipe) as (base, aligned):
-        return compare(base, aligned, texts, spec.judge, spec, run_seed=recipe.seed,
-                       categories=prompts.categories if not rows_only else None)
+        rows = sorted(rng.permutation(len(texts), spec.seed, "grid")[:spec.grid_prompts].tolist())
+        texts, categories = [texts[i] for i in rows], None
+    told = "\n".join(prompts.texts).encode()
+    facts = {"prompts": {"path": spec.prompts, "count": len(prompts.texts), "sha256": hashlib.sha256(told).hexdigest()}}
+    return compare(entrants.stages(spec, accelerator.device), texts, spec, categories=categories, compared=entrants.compared,
+                   strengths=entrants.strengths, training=training_rewards(recipe), facts=facts,
+                   show_seeds=spec.seeds if rows_only else 1, extremes=0 if rows_only else 6, world=world_of(accelerator))
 
 
-@contextmanager
-def _both_sides(recipe: Recipe):
-    """Base and aligned as stock diffusers pipelines, through the files that users get."""
-    device = "cuda" if torch.cuda.is_available() and not recipe.train.cpu else "cpu"
-    output_dir = Path(recipe.output_dir)
-    pipe = _drawing(recipe, load_pipeline(recipe.model)).to(device)
-    if recipe.model.lora is not None:
-        if not (output_dir / LORA_FILE).is_file():
-            raise ConfigError(f"{output_dir / LORA_FILE}: is missing; run `diffalign train` first")
-        load_lora(pipe, output_dir / LORA_FILE)
-        yield lora_off_and_on(pipe, recipe.evaluate)
-        return
-    if not (output_dir / PIPELINE).is_dir():  # or its name would pass for a hub id
-        raise ConfigError(f"{output_dir / PIPELINE}: is missing; run `diffalign train` first, with model.lora=null")
-    # the saved weights hold what was fused into their base
-    aligned = load_pipeline(dataclasses.replace(recipe.model, pretrained_model_name_or_path=str(output_dir / PIPELINE),
-                                                revision=None, variant=None, pretrained_vae_model_name_or_path=None,
-                                                fuse_lora=None))
-    yield pipe, _drawing(recipe, aligned).to(device)
+def training_rewards(recipe: Recipe | Evaluation) -> tuple[Reward, ...] | None:
+    """What training optimised, as the recipe or the data set's build.json says; None where neither does."""
+    if recipe.evaluate.training_reward is not None:
+        return (recipe.evaluate.training_reward,)
+    if isinstance(recipe, Evaluation):
+        return None
+    if isinstance(recipe.source, Online):
+        return (recipe.source.reward,)
+    path = Path(recipe.data.path)
+    path = (path if path.is_dir() else path.parent) / BUILT
+    if not path.is_file():
+        return None
+    try:
+        trees = json.loads(path.read_text(encoding="utf-8"))["recipe"]["rewards"]
+        return tuple(load_reward(tree) for tree in trees.values()) or None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{path}: cannot tell which rewards this data set was built with ({reason}); name the one in "
+                          "evaluate.training_reward") from None
 
 
-def _drawing(recipe: Recipe, pipe):
-    """The pipeline with the scheduler of the ``evaluate`` section."""
-    spec = recipe.evaluate
-    if spec.scheduler or spec.timestep_spacing:
-        own = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
-        pipe.scheduler = make_scheduler(own, spec.scheduler, spec.timestep_spacing)
-    return pipe
+def _run(recipe: Recipe | Evaluation, entrants: Entrants, facts: dict | None, seconds: float) -> Run:
+    command = f"diffalign evaluate {shlex.quote(str(Path(recipe.output_dir) / RESOLVED))}"
+    if facts is not None:
+        run = run_of(recipe, {**facts, "total_seconds": facts["wall_seconds"] + seconds})
+        return dataclasses.replace(run, evaluate_command=command)
+    base = recipe.model.pretrained_model_name_or_path
+    return Run(title=f"{', '.join(entrants.compared)} beside {Path(base).name}", base_model=base, seed=recipe.seed,
+               fuse_lora=recipe.model.fuse_lora, total_seconds=seconds, config=as_tree(recipe), command=command,
+               evaluate_command=command)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import data
-from ..config import Recipe, check_layout
+from ..config import Evaluation, Recipe, check_layout
 from ..data.prompts import read_prompts
 from ..data.sources import Online, Sampled, Stored
 from ..errors import ConfigError
@@ -49,13 +49,13 @@ def _check_distilled(recipe: Recipe) -> None:
                           "LoRA in model.fuse_lora, or set model.distilled=true")
 
 
-def check_evaluate(recipe: Recipe) -> None:
+def check_evaluate(recipe: Recipe | Evaluation) -> None:
     """A wrong judge, prompt file or scheduler is found before training, not after."""
     spec = recipe.evaluate
     if spec is not None:
         read_prompts(spec.prompts)
-        if spec.judge is not None:
-            check_reward(spec.judge)
+        for reward in filter(None, (spec.judge, *spec.rewards.values(), spec.training_reward)):
+            check_reward(reward)
         folder, _ = inspect(recipe.model)
         if spec.scheduler or spec.timestep_spacing:
             make_scheduler(folder.config("scheduler"), spec.scheduler, spec.timestep_spacing, spec.num_inference_steps)

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO, Literal
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 INK, FAINT, RULE, PAPER, BETTER = "#16181d", "#6b7280", "#e3e5e9", "#ffffff", "#0a7d4f"
+FINE = 13  # size of faint small print
 SMALLEST, LARGEST = 208, 512  # a tile's longer side on the grid, in pixels
 LONGEST = 600  # letters of a prompt that are looked at; seven lines hold fewer
+WEBP_LIMIT = 16_383  # pixels a side, by the format
 EQUAL = 1e-6  # scores closer than this are a tie: no side is marked
 
 
@@ -48,36 +51,47 @@ class _Layout:
 
 def grid(columns: dict[str, Sequence[Image.Image]], prompts: Sequence[str], *,
          scores: dict[str, Sequence[float | None]] | None = None, title: str | None = None,
-         note: str | None = None) -> Image.Image:
+         note: str | None = None, details: Sequence[str] | None = None, heads: dict[str, str] | None = None) -> Image.Image:
     """One RGB picture: a row per prompt, a column per model.
 
     columns: label -> one picture per prompt. scores: label -> one number per prompt (None or NaN: not scored), drawn under
-    each tile, the best of a row marked. Pictures below 208 px are enlarged by a whole factor without smoothing, those
-    above 512 px are reduced. The same input gives the same bytes. Raises ValueError where counts do not match.
+    each tile, the best of a row marked. details: a faint line under each prompt (its seed, say). heads: label -> a faint word
+    under the column's label (its mean score, say). Pictures below 208 px are enlarged by a whole factor without smoothing,
+    those above 512 px are reduced. The same input gives the same bytes. Raises ValueError where counts do not match.
     """
     _check(columns, prompts, scores)
     layout = _Layout(tile=_tile([image for column in columns.values() for image in column]), columns=len(columns),
                      scored=scores is not None)
     texts = [_wrap(prompt, _font(layout.text), layout.prompt_width) for prompt in prompts]
+    details = [_fit(text, _font(FINE), layout.prompt_width) for text in details or [""] * len(prompts)]
     heights = [_row_height(text, layout) for text in texts]
-    head, foot = _header_height(title), 44 if note else 12
+    notes = _wrap(note, _font(FINE), layout.width - 2 * layout.margin, most=3) if note else []
+    head, foot = _header_height(title, heads), 26 + _line(FINE) * len(notes) if notes else 12
     canvas = Image.new("RGB", (layout.width, head + sum(heights) + foot), PAPER)
     draw = ImageDraw.Draw(canvas)
-    _draw_header(draw, layout, list(columns), title)
+    _draw_header(draw, layout, list(columns), title, heads)
     top = head
     for i, height in enumerate(heights):
         draw.line([(layout.margin, top), (layout.width - layout.margin, top)], fill=RULE)
-        _draw_row(canvas, draw, layout, top + layout.gap, texts[i], [column[i] for column in columns.values()],
+        _draw_row(canvas, draw, layout, top + layout.gap, texts[i], details[i], [column[i] for column in columns.values()],
                   None if scores is None else [scores[label][i] for label in columns])
         top += height
-    if note:
+    if notes:
         draw.line([(layout.margin, top), (layout.width - layout.margin, top)], fill=RULE)
-        draw.text((layout.margin, top + 14), _fit(note, _font(13), layout.width - 2 * layout.margin), FAINT, _font(13))
+        for i, line in enumerate(notes):
+            draw.text((layout.margin, top + 12 + i * _line(FINE)), line, FAINT, _font(FINE))
     return canvas
 
 
-def save_grid(image: Image.Image, path: Path, facts: dict) -> None:
-    """Lossless PNG; ``facts`` (full prompts, seeds, sampler) go into its text chunk "diffalign" as JSON."""
+def save_grid(image: Image.Image, path: Path | BinaryIO, facts: dict, kind: Literal["png", "webp"] = "png") -> None:
+    """Lossless; ``facts`` (full prompts, seeds, sampler) go along as JSON: in PNG's text chunk "diffalign", in WebP's EXIF
+    image description. WebP holds at most 16,383 pixels a side (``WEBP_LIMIT``): ValueError beyond.
+    """
+    if kind == "webp":
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = json.dumps(facts, sort_keys=True)
+        image.save(path, "WEBP", lossless=True, exif=exif)
+        return
     info = PngInfo()
     info.add_itxt("diffalign", json.dumps(facts, ensure_ascii=False, sort_keys=True))
     image.save(path, "PNG", pnginfo=info, optimize=True)
@@ -125,11 +139,12 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def _header_height(title: str | None) -> int:
-    return 104 if title else 60
+def _header_height(title: str | None, heads: dict[str, str] | None = None) -> int:
+    return (104 if title else 60) + (_line(FINE) if heads else 0)
 
 
-def _draw_header(draw: ImageDraw.ImageDraw, layout: _Layout, labels: list[str], title: str | None) -> None:
+def _draw_header(draw: ImageDraw.ImageDraw, layout: _Layout, labels: list[str], title: str | None,
+                 heads: dict[str, str] | None) -> None:
     bottom = _header_height(title)
     if title:
         text = _fit(title, _font(24), layout.width - 2 * layout.margin)
@@ -138,6 +153,8 @@ def _draw_header(draw: ImageDraw.ImageDraw, layout: _Layout, labels: list[str], 
     for i, label in enumerate(labels):
         text = _fit(label, _font(layout.label), layout.tile[0])
         _bold(draw, (layout.left(i), bottom - 30), text, INK, _font(layout.label))
+        if heads:
+            draw.text((layout.left(i), bottom - 6), _fit(heads[label], _font(FINE), layout.tile[0]), FAINT, _font(FINE))
 
 
 def _bold(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: str, font) -> None:
@@ -147,18 +164,20 @@ def _bold(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: str
 
 
 def _row_height(text: list[str], layout: _Layout) -> int:
-    return max(layout.tile[1] + layout.caption_height, len(text) * _line(layout.text)) + 2 * layout.gap
+    return max(layout.tile[1] + layout.caption_height, len(text) * _line(layout.text) + _line(FINE)) + 2 * layout.gap
 
 
 def _line(size: int) -> int:
     return round(size * 1.4)
 
 
-def _draw_row(canvas, draw, layout: _Layout, top: int, text: list[str], images, scores) -> None:
-    block = layout.tile[1]
-    middle = top + max(0, (block - len(text) * _line(layout.text)) // 2)
-    for i, line in enumerate(text):
-        draw.text((layout.margin, middle + i * _line(layout.text)), line, INK, _font(layout.text))
+def _draw_row(canvas, draw, layout: _Layout, top: int, text: list[str], detail: str, images, scores) -> None:
+    block, line = layout.tile[1], _line(layout.text)
+    middle = top + max(0, (block - len(text) * line - (_line(FINE) if detail else 0)) // 2)
+    for i, words in enumerate(text):
+        draw.text((layout.margin, middle + i * line), words, INK, _font(layout.text))
+    if detail:
+        draw.text((layout.margin, middle + len(text) * line + 4), detail, FAINT, _font(FINE))
     best = _best(scores)
     for i, image in enumerate(images):
         picture = shown(image)

@@ -115,12 +115,12 @@ def test_flips_are_exact_nested_and_swap_the_scores(tmp_path):
 
 def test_sides_drawn_apart_agree_with_the_comparison():
     texts = prompts(30)
-    spec = EvaluateSpec(prompts="unused", judge="scenes", seeds=2, seed=0, bootstrap_resamples=500, batch_size=7)
+    spec = EvaluateSpec(prompts="unused", judge=SceneChecker(), seeds=2, seed=0, bootstrap_resamples=500, batch_size=7)
     one, two = side(0.6, 1), side(0.2, 2)
-    together = compare(one, two, texts, SceneChecker(), spec, progress=None)
+    together = compare({"base": one, "aligned": two}, texts, spec, progress=None)
     base, aligned = (draw_side(model, texts, SceneChecker(), spec) for model in (one, two))
     pooled = pool(base, [aligned], resamples=500)
-    assert pooled.statistics == together.statistics and pooled.drift == together.drift
+    assert pooled.statistics == together.statistics and pooled.drift == together.drift["aligned"]
     assert pooled.diversity > 0 and pooled.win_rates == [together.statistics.win_rate]
 
 

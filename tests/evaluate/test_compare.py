@@ -24,8 +24,12 @@ def spec(**fields) -> EvaluateSpec:
     )
 
 
-def run(base, aligned, texts, fields=None, judge=None, **options):
-    return compare(base, aligned, texts, judge or SceneChecker(), spec(**(fields or {})), progress=None, **options)
+def run(base, aligned, texts, fields=None, **options):
+    return compare({"base": base, "aligned": aligned}, texts, spec(**(fields or {})), progress=None, **options)
+
+
+def gains(tiles) -> list[float]:
+    return [tile.gain("aligned", "base") for tile in tiles]
 
 
 def test_better_worse_and_level_are_told_apart():
@@ -40,17 +44,17 @@ def test_better_worse_and_level_are_told_apart():
 def test_figures_are_the_judges_own():
     texts, judge = prompts(10), SceneChecker()
     found = run(side(0.5, 1), side(0.5, 2), texts, {"seeds": 3, "batch_size": 4})
-    assert found.base_scores.shape == found.seeds.shape == (10, 3)
+    assert found.sides["base"].scores.shape == found.seeds.shape == (10, 3)
     again = judge(side(0.5, 1)([texts[7]] * 3, found.seeds[7].tolist()), [texts[7]] * 3)
-    assert np.array_equal(found.base_scores[7], again.numpy())
-    assert found.statistics.base_score == pytest.approx(float(found.base_scores.mean()), abs=1e-6)
+    assert np.array_equal(found.sides["base"].scores[7], again.numpy())
+    assert found.statistics.base_score == pytest.approx(float(found.sides["base"].scores.mean()), abs=1e-6)
 
 
 def test_block_size_does_not_matter():
     texts = prompts(13)
     one, many = (run(side(0.4, 1), side(0.4, 2), texts, {"seeds": 2, "batch_size": size}) for size in (1, 100))
     assert one.statistics == many.statistics and [t.index for t in one.tiles] == [t.index for t in many.tiles]
-    assert [t.gain for t in one.best] == [t.gain for t in many.best]
+    assert gains(one.best) == gains(many.best)
 
 
 def test_seeds_belong_to_the_prompt_and_repeats_differ():
@@ -73,9 +77,9 @@ def test_seed_of_the_recipe_wins_over_the_runs():
 def test_extremes_are_the_largest_and_random_rows_are_fixed():
     texts = prompts(60)
     found = run(side(0.5, 1), side(0.5, 2), texts, extremes=3)
-    gains = (found.aligned_scores - found.base_scores).ravel()
-    assert [t.gain for t in found.best] == pytest.approx(sorted(gains)[::-1][:3])
-    assert [t.gain for t in found.worst] == pytest.approx(sorted(gains)[:3])
+    change = (found.sides["aligned"].scores - found.sides["base"].scores).ravel()
+    assert gains(found.best) == pytest.approx(sorted(change)[::-1][:3])
+    assert gains(found.worst) == pytest.approx(sorted(change)[:3])
     assert len(found.tiles) == 4 and [t.index for t in found.tiles] == sorted(t.index for t in found.tiles)
     assert [t.index for t in found.tiles] != [0, 1, 2, 3] and found.tiles[0].prompt == texts[found.tiles[0].index]
 
@@ -83,7 +87,7 @@ def test_extremes_are_the_largest_and_random_rows_are_fixed():
 def test_unscorable_prompts_are_counted_not_zero():
     texts = [*prompts(20), "an oil painting of a fox"]
     found = run(side(0.0, 1), side(0.0, 1), texts)
-    assert (found.statistics.prompts, found.statistics.unscored) == (20, 1) and np.isnan(found.base_scores[20]).all()
+    assert (found.statistics.prompts, found.statistics.unscored) == (20, 1) and np.isnan(found.sides["base"].scores[20]).all()
     with pytest.raises(ConfigError, match='evaluate.judge: reward "scenes" could score none of 2 pairs'):
         run(side(0, 1), side(0, 1), ["a fox", "a hen"])
 
@@ -92,13 +96,14 @@ def test_categories():
     texts = prompts(40)
     kinds = [parse(text).kind for text in texts]
     found = run(side(0.6, 1), side(0.1, 2), texts, categories=kinds)
-    assert set(found.categories) == set(kinds) and sum(part.prompts for part in found.categories.values()) == 40
+    assert set(found.categories["aligned"]) == set(kinds)
+    assert sum(part.prompts for part in found.categories["aligned"].values()) == 40
 
 
 def test_without_a_judge_there_are_pictures_only():
-    found = compare(side(0.5, 1), side(0.5, 2), prompts(6), None, spec(judge=None), progress=None)
-    assert found.statistics is None and found.base_scores is None and found.judge is None and not found.best
-    assert len(found.tiles) == 4 and found.tiles[0].base_score is None
+    found = run(side(0.5, 1), side(0.5, 2), prompts(6), {"judge": None})
+    assert found.statistics is None and found.sentence is None and found.judge is None and not found.best
+    assert len(found.tiles) == 4 and found.tiles[0].scores == {"base": None, "aligned": None}
 
 
 def test_drift_is_flagged_when_the_pictures_turn_bright():
@@ -106,8 +111,8 @@ def test_drift_is_flagged_when_the_pictures_turn_bright():
         return [Image.eval(image, lambda v: min(255, v + 90)) for image in side(0.0, 1)(texts, seeds)]
 
     calm, hot = run(side(0, 1), side(0, 1), prompts(30)), run(side(0, 1), brighter, prompts(30))
-    assert not any(item.flagged for item in calm.drift)
-    flagged = {item.name: item for item in hot.drift if item.flagged}
+    assert not any(item.flagged for item in calm.drift["aligned"])
+    flagged = {item.name: item for item in hot.drift["aligned"] if item.flagged}
     assert "brightness" in flagged and flagged["brightness"].shift > 0.5
 
 
@@ -133,11 +138,11 @@ def test_lora_off_is_the_base_and_on_is_not(tmp_path):
                 weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
     options = spec(num_inference_steps=2, batch_size=2, judge=load_reward("brightness"))
     off, on = lora_off_and_on(tuned, options)
-    texts, judge = ["a red ring", "a circle", "red"], load_reward("brightness")
-    same = compare(plain, off, texts, judge, options, progress=None)
-    other = compare(off, on, texts, judge, options, progress=None)
-    assert np.array_equal(same.base_scores, same.aligned_scores) and same.statistics.ties == 3
-    assert (other.base_scores != other.aligned_scores).all() and np.array_equal(other.base_scores, same.base_scores)
+    texts = ["a red ring", "a circle", "red"]
+    found = compare({"plain": plain, "off": off, "on": on}, texts, options, progress=None)
+    scores = {name: one.scores for name, one in found.sides.items()}
+    assert np.array_equal(scores["plain"], scores["off"]) and found.results["off"].ties == 3
+    assert (scores["on"] != scores["off"]).all()
     assert not any(layer.disable_adapters for layer in tuned.unet.modules() if isinstance(layer, BaseTunerLayer))
 
 

@@ -56,7 +56,7 @@ def comparison():
     texts = [*prompts(40), *HOSTILE]
     kinds = ["<b>odd</b>", *(parse(text).kind if parse(text) else "none" for text in texts[1:])]
     spec = EvaluateSpec(prompts="x", judge=SceneChecker(), bootstrap_resamples=300, grid_prompts=46)
-    return compare(side(0.6, 1), side(0.2, 2), texts, SceneChecker(), spec, categories=kinds, progress=None)
+    return compare({"base": side(0.6, 1), "aligned": side(0.2, 2)}, texts, spec, categories=kinds, progress=None)
 
 
 @pytest.fixture
@@ -183,12 +183,12 @@ def test_embedded_small_pictures_are_lossless(tmp_path, comparison, run):
     write_report(tmp_path, run, comparison)
     page = Page((tmp_path / "report.html").read_text())
     first = page.all("img")[0]["src"].split(",", 1)[1]
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(first)))), np.asarray(comparison.tiles[0].base))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(first)))), np.asarray(comparison.tiles[0].pictures["base"]))
 
 
 def test_large_pictures_are_reduced(tmp_path, comparison, run):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype="uint8"))
-    tiles = [replace(tile, base=noise, aligned=noise) for tile in comparison.tiles[:2]]
+    tiles = [replace(tile, pictures={"base": noise, "aligned": noise}) for tile in comparison.tiles[:2]]
     write_report(tmp_path, run, replace(comparison, tiles=tiles, best=[], worst=[]))
     assert (tmp_path / "report.html").stat().st_size < 4 * 600_000
     page = Page((tmp_path / "report.html").read_text())
@@ -204,13 +204,11 @@ def test_without_comparison_or_training_it_still_reads(tmp_path, comparison, run
     pictures = replace(
         comparison,
         judge=None,
-        statistics=None,
-        base_scores=None,
-        aligned_scores=None,
+        results={},
         best=[],
         worst=[],
         categories={},
-        tiles=[replace(tile, base_score=None, aligned_score=None) for tile in comparison.tiles],
+        tiles=[replace(tile, scores={"base": None, "aligned": None}) for tile in comparison.tiles],
     )
     assert write_report(tmp_path, bare, pictures)["verdict"] is None and (tmp_path / "grid.png").exists()
 
