@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 from .labels import Example
 from .report import render
 
-WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 680, 190, 8, 8, 24
+WIDTH, HEIGHT = 680, 160
 
 KINDS = {
     "disagreements": ("The reward disagrees with the label", "The labelled loser scores higher, by most first. Noise of the "
@@ -31,13 +31,17 @@ def page(title: str, found: Mapping[str, Any], examples: Mapping[str, Sequence[E
 def headline(found: Mapping[str, Any]) -> str:
     """The one sentence on top."""
     told = found.get("agreement")
-    size = f"{found['groups']:,} groups of {found['prompts']:,} prompts"
+    size = f"{_number(found['groups'], 'group')} of {_number(found['prompts'], 'prompt')}"
     count = len(found["problems"])
-    trouble = "no problem was found" if not count else "one problem was found" if count == 1 else f"{count} problems were found"
+    trouble = {0: "no problem was found", 1: "one problem was found"}.get(count, f"{count} problems were found")
     if told is None or told["share"] is None:
         return f"{size}; {trouble}."
-    return (f"The labels agree with {told['reward']} on {100 * told['share']:.1f}% of {told['prompts']:,} prompts (95% interval "
-            f"{100 * told['low']:.1f}% to {100 * told['high']:.1f}%); {size}; {trouble}.")
+    return (f"The labels agree with {told['reward']} on {100 * told['share']:.1f}% of {told['prompts']:,} prompts (95% "
+            f"interval {100 * told['low']:.1f}% to {100 * told['high']:.1f}%); {size}; {trouble}.")
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def histogram(gaps: Mapping[str, Any]) -> Markup:
@@ -46,18 +50,17 @@ def histogram(gaps: Mapping[str, Any]) -> Markup:
     low, high, most = edges[0], edges[-1], max(counts)
 
     def x(value: float) -> float:
-        return LEFT + (value - low) / ((high - low) or 1) * (WIDTH - LEFT - RIGHT)
+        return (value - low) / ((high - low) or 1) * WIDTH
 
-    floor = HEIGHT - BOTTOM
     bars = []
     for left, right, count in zip(edges, edges[1:], counts):
-        tall = count / most * (floor - 8)
+        tall = count / most * (HEIGHT - 8)
         kind = "against" if (left + right) / 2 < 0 else "with"
-        bars.append(f'<rect class="{kind}" x="{x(left) + 1:.1f}" y="{floor - tall:.1f}" width="{max(1, x(right) - x(left) - 2):.1f}" '
-                    f'height="{tall:.1f}"><title>{left:.4g} to {right:.4g}: {count:,}</title></rect>')
-    zero = f'<line class="level" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="0" y2="{floor}"/>' if low < 0 < high else ""
-    marks = [(low, "start"), *([(0.0, "middle")] if low < 0 < high else []), (high, "end")]
-    labels = "".join(f'<text x="{x(value):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{value:.3g}</text>'
-                     for value, anchor in marks)
-    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Histogram of gaps by {escape(gaps["of"])}">'
-                  f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>{"".join(bars)}{zero}{labels}</svg>')
+        wide = max(1, x(right) - x(left) - 2)
+        bars.append(f'<rect class="{kind}" x="{x(left) + 1:.1f}" y="{HEIGHT - tall:.1f}" width="{wide:.1f}" '
+                    f'height="{tall:.1f}">'
+                    f"<title>{left:.4g} to {right:.4g}: {count:,}</title></rect>")
+    zero = f'<line class="level" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="0" y2="{HEIGHT}"/>' if low < 0 < high else ""
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
+                  f'aria-label="Histogram of gaps by {escape(gaps["of"])}, {low:.3g} to {high:.3g}">'
+                  f'<line class="rule" x1="0" x2="{WIDTH}" y1="{HEIGHT}" y2="{HEIGHT}"/>{"".join(bars)}{zero}</svg>')

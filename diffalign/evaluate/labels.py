@@ -123,10 +123,10 @@ class Labels:
         """What a run would not see: labels that a reward contradicts, a source that nearly always wins."""
         found, told = [], self._agreement()
         if told is not None and told["prompts"] >= FEWEST and told["high"] < 0.5:
-            found.append(f"the labels agree with {told['reward']} on only {100 * told['share']:.0f}% of the prompts (95% interval "
-                         f"{100 * told['low']:.0f}% to {100 * told['high']:.0f}%): are winner and loser swapped?")
-        found += [f"{name} wins {100 * one['wins']:.0f}% of the groups in which it meets other models: the labels may teach to "
-                  "look like it" for name, one in self._shares().items() if one["groups"] >= FEWEST and one["wins"] >= 0.9]
+            found.append(f"the labels agree with {told['reward']} on only {100 * told['share']:.0f}% of the prompts (95% "
+                         f"interval {100 * told['low']:.0f}% to {100 * told['high']:.0f}%): are winner and loser swapped?")
+        found += [f"{name} wins {100 * one['wins']:.0f}% of the groups in which it meets other models: the labels may teach "
+                  "to look like it" for name, one in self._shares().items() if one["groups"] >= FEWEST and one["wins"] >= 0.9]
         return found
 
     def _score(self) -> None:
