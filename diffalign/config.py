@@ -33,9 +33,9 @@ from .building.spec import BuildSpec
 from .building.types import Filter
 from .building.utility import UTILITIES, Utility
 from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
-from .data.spec import CheckSpec, DataSpec
+from .data.spec import DataSpec
 from .errors import ConfigError
-from .evaluate.spec import EvaluateSpec
+from .evaluate.spec import CheckSpec, EvaluateSpec
 from .models.references import REFERENCES, Frozen, Past, Reference
 from .models.spec import ModelSpec
 from .train.spec import TrainSpec

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..rewards import Reward
-
 LARGEST_SIDE = 16_384  # pixels; beyond it one picture alone would not fit into any memory
 
 
@@ -65,19 +63,3 @@ class DataSpec:
             raise ValueError("give validation (a second data set) or validation_share, not both")
         if self.resolution is not None and not 8 <= self.resolution <= LARGEST_SIDE:
             raise ValueError(f"resolution is in pixels, at least 8 and at most {LARGEST_SIDE}, got {self.resolution}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckSpec:
-    """What a recipe says about ``diffalign check``.
-
-    reward: scores the best and the worst of each group, to be compared with the labels; null scores nothing, and the command
-    loads no weights. examples: pairs of each kind (widest gap, narrowest, disagreements, random) on check.html.
-    """
-
-    reward: Reward | None = None
-    examples: int = 6
-
-    def __post_init__(self):
-        if not 0 <= self.examples <= 1000:
-            raise ValueError(f"examples must lie in 0..1000, got {self.examples}")
