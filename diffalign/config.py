@@ -24,9 +24,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from . import likelihood, objectives, process, rewards
 from .building.filters import FILTERS
-from .building.score import ScoreSpec
 from .building.select import SELECTS, Select
-from .building.spec import BuildSpec
+from .building.spec import BuildSpec, ScoreSpec
 from .building.types import Filter
 from .building.utility import UTILITIES, Utility
 from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored

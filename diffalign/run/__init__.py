@@ -3,7 +3,8 @@
 from .build import build
 from .evaluate import evaluate, grid
 from .prepare import check, encode
+from .score import score
 from .train import train
 from .words import LORA_FILE
 
-__all__ = ["LORA_FILE", "build", "check", "encode", "evaluate", "grid", "train"]
+__all__ = ["LORA_FILE", "build", "check", "encode", "evaluate", "grid", "score", "train"]
