@@ -29,7 +29,8 @@ def begin(work: Path, facts: dict[str, Any], rewards: dict[str, dict], overwrite
     Raises ConfigError naming the option that differs, or a result that was made in another way, unless ``overwrite``: then
     work, results and pictures (a folder of this run's own) are removed. A beginning that nothing followed is no obstacle.
     """
-    path, found = work / BEGUN, json.loads(json.dumps({"": facts, **{f"rewards.{name}": own for name, own in rewards.items()}}))
+    parts = {"": facts, **{f"rewards.{name}": own for name, own in rewards.items()}}
+    path, found = work / BEGUN, json.loads(json.dumps(parts))
     there, before, reason = [result for result in results if result.exists()], {}, None
     if there or any(work.rglob("*.log")):
         try:

@@ -78,6 +78,16 @@ class Source:
         """Every row in order. Raises DataError."""
         return _loose(Path(self.spec.data)) if self.is_pictures else read_pictures(self.data)
 
+    def columns(self) -> list[str]:
+        """Of the first row. Raises DataError when there is none."""
+        if self.table is not None and self.table.suffix == ".parquet":
+            with _readable(self.table):  # not by a first row: threads that read ahead are no good at being left alone
+                return pq.read_schema(self.table).names
+        first = next(self.rows(), None)
+        if first is None:
+            raise DataError(f"{self.spec.data}: there is nothing to score")
+        return [*first.record]
+
     def count(self) -> int | None:
         """How many rows, where that is quickly told."""
         if self.is_pictures:
@@ -85,7 +95,8 @@ class Source:
         if self.table is None or self.table.suffix not in (".parquet", ".jsonl", ".ndjson"):
             return None
         if self.table.suffix == ".parquet":
-            return pq.read_metadata(self.table).num_rows
+            with _readable(self.table):
+                return pq.read_metadata(self.table).num_rows
         with self.table.open("rb") as file:
             return sum(1 for line in file if line.strip())
 
@@ -103,6 +114,14 @@ class Source:
             content = self.spec.data
         return {"data": content, "split": self.spec.split, "image_root": self.spec.image_root,
                 "max_pixels": self.spec.max_pixels}
+
+
+@contextmanager
+def _readable(table: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{table}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -129,14 +148,12 @@ def check(source: Source, rewards: Mapping[str, Reward]) -> None:
     """What can be refused before a reward is loaded. Raises UserError children: nothing to score, a column that a reward reads
     and that is missing, or one of the name that its scores would get; an output that is the input.
     """
-    first = next(source.rows(), None)
-    if first is None:
-        raise DataError(f"{source.spec.data}: there is nothing to score")
+    columns = source.columns()
     for name, reward in rewards.items():
-        missing = [column for column in columns_of(reward) if column not in first.columns]
+        missing = [column for column in columns_of(reward) if column not in columns]
         if missing:
-            raise DataError(f"{first.where}: rewards.{name} reads a column '{missing[0]}', and there is none")
-        if f"score_{name}" in first.record:
+            raise DataError(f"{source.spec.data}: rewards.{name} reads a column '{missing[0]}', and there is none")
+        if f"score_{name}" in columns:
             raise ConfigError(f"rewards.{name}: {source.spec.data} has a column score_{name} already; give the reward another "
                               "name, such as {" + f"{name}_2: {{kind: ...}}" + "}")
     output = source.output
@@ -222,8 +239,6 @@ def write(source: Source, names: Sequence[str], scores: Scores) -> dict[str, Any
             rows = _write_parquet(source.table, path, names, columns)
         else:
             rows = _write_lines(path, columns)
-    if rows == 0:
-        raise DataError(f"{source.spec.data}: there is nothing to score")
     return {"rows": rows, "without_prompt": len(bare), "rewards": {name: totals.facts() for name, totals in found.items()}}
 
 
@@ -279,9 +294,14 @@ def _write_parquet(table: Path, path: Path, names: Sequence[str], columns: Itera
                 own = [values[f"score_{name}"] for values in new]
                 kind = pa.list_(pa.float32()) if isinstance(own[0], list) else pa.float32()
                 batch = batch.append_column(f"score_{name}", pa.array(own, kind))
+            # what `datasets` noted of the columns would not hold for the new ones, and it refuses such a file
+            kept = {key: value for key, value in (batch.schema.metadata or {}).items() if key != b"huggingface"}
+            batch = batch.replace_schema_metadata(kept)
             writer = writer or pq.ParquetWriter(path, batch.schema)
             writer.write_batch(batch)
             rows += batch.num_rows
+        for _ in columns:  # to the end, where whoever reads ahead stops
+            rows += 1
     finally:
         if writer is not None:
             writer.close()

@@ -110,7 +110,10 @@ class BuildSpec:
         if self.utility is None and len(self.rewards) > 1:
             raise ValueError("utility is missing: say how several rewards become one number, such as utility=votes, "
                              "utility=mean or utility={kind: reward, reward: NAME}")
-        lost = [name for name in (self.utility.reads(tuple(self.rewards)) if self.utility else ()) if name not in self.rewards]
+        read = self.utility.reads(tuple(self.rewards)) if self.utility else tuple(self.rewards)
+        lost = [name for name in read if name not in self.rewards]
+        if not read:
+            raise ValueError("utility reads no reward: its weights must not all be 0")
         if lost:
             raise ValueError(f"utility names the reward '{lost[0]}', which is not among rewards: {', '.join(self.rewards)}")
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..building import draw, judge, table
 from ..building.draw import Plan
 from ..building.journal import Journal
-from ..building.pictures import FOLDER
+from ..building.pictures import FOLDER, tidy
 from ..building.recall import begin
 from ..building.select import SELECTS
 from ..building.spec import BuildSpec
@@ -53,6 +53,7 @@ def build(spec: BuildSpec, printer: Printer = silent) -> dict:
         images, scores = _candidates(spec, plan, folder, world, accelerator.device, say)
         if not main:
             return {}
+        tidy(folder)
         made = table.make(spec, plan, images, scores, folder)
         facts = clean({**made, "table": spec.select.table, "recipe": as_tree(spec), "drawn": begun, "identities": rewards,
                        "recipe_sha256": hashlib.sha256(dump(spec).encode()).hexdigest(),
