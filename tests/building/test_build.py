@@ -299,16 +299,25 @@ def test_the_shares_of_any_world_are_the_whole(stub, tmp_path):
     prompts = draw.Plan.of(spec, Prompts(texts=toy.PROMPTS))
     for world in (1, 2, 3, 5):
         folder = tmp_path / str(world)
-        for rank in range(world):
-            draw.draw(spec, prompts, folder, Journal(folder / "p", rank), rank=rank, world=world, progress=False)
+        for rank in range(world):  # none sees what another has done
+            draw.draw(spec, prompts, folder, Journal(folder / f"p-{rank}", rank), rank=rank, world=world, progress=False)
+        gather(folder, "p")
         images = draw.drawn(folder, Journal(folder / "p"))
         assert len(images) == 20 and sum(len(one["images"]) for one in Journal(folder / "p")) == 20
         for rank in range(world):
-            judge.score(spec.rewards, prompts, images, folder, Journal(folder / "s", rank), rank=rank, world=world,
+            judge.score(spec.rewards, prompts, images, folder, Journal(folder / f"s-{rank}", rank), rank=rank, world=world,
                         progress=False)
+        gather(folder, "s")
+        assert sum(len(one["scores"]) for one in Journal(folder / "s")) == 40
         assert len(judge.known(Journal(folder / "s"))) == 40
         table.make(spec, prompts, images, judge.known(Journal(folder / "s")), folder)
         assert (folder / "groups.jsonl").read_bytes() == (tmp_path / "1" / "groups.jsonl").read_bytes()
+
+
+def gather(folder, stage):
+    (folder / stage).mkdir()
+    for log in folder.glob(f"{stage}-*/*.log"):
+        log.rename(folder / stage / log.name)
 
 
 # --- the pipeline itself ---
