@@ -37,11 +37,11 @@ def begin(work: Path, facts: dict[str, Any], rewards: dict[str, dict], overwrite
             before = json.loads(path.read_bytes())
             reason = _changed(before, found)
         except FileNotFoundError:
-            reason = f"output: nothing says how {(there or [work])[0]} was made, so it"
+            reason = f"nothing says how {(there or [work])[0]} was made, so it"
         except (OSError, ValueError, AttributeError, TypeError):
-            reason = f"output: {path} is damaged, so what it belongs to"
+            reason = f"{path} is damaged, so what it belongs to"
     if reason is not None and not overwrite:
-        raise ConfigError(f"{reason} cannot be continued; choose another output, or set overwrite=true to remove what is "
+        raise ConfigError(f"{reason} cannot be continued; choose another place, or set overwrite=true to remove what is "
                           "there and start anew")
     if reason is not None:
         _remove(work, there, pictures)
@@ -50,13 +50,13 @@ def begin(work: Path, facts: dict[str, Any], rewards: dict[str, dict], overwrite
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ResourceError(f"{path.parent}: cannot be made ({error.strerror}); choose another output") from None
-        write_aside(path, json.dumps({**before, **found}, indent=1).encode(), path.name, "choose another output")
+            raise ResourceError(f"{path.parent}: cannot be made ({error.strerror}); choose another place") from None
+        write_aside(path, json.dumps({**before, **found}, indent=1).encode(), path.name, "choose another place")
 
 
 def _changed(before: dict[str, dict], found: dict[str, dict]) -> str | None:
     """The first option that differs, with both values."""
-    for part in before.keys() & found.keys():
+    for part in sorted(before.keys() & found.keys()):
         old, new = flat(before[part], part), flat(found[part], part)
         for name in dict.fromkeys((*new, *old)):
             was, now = (tree.get(name, "absent") for tree in (old, new))

@@ -30,11 +30,11 @@ def score(spec: ScoreSpec, printer: Printer = silent) -> dict:
     scoring.check(source, spec.rewards)
     output = source.output
     work, facts_file = output.with_name(f"{output.name}.work"), output.with_name(f"{output.name}.json")
-    check_writable(output.parent)
+    check_writable(output.parent, "output")
     accelerator = make_accelerator(TrainSpec(mixed_precision="no", cpu=spec.cpu), output.parent)
     world, main = world_of(accelerator), accelerator.is_main_process
     say = printer if main else silent
-    check_writable(work)
+    check_writable(work, "output")
     with claimed(work) if main else nullcontext():
         if main:
             data, rewards = source.identity(), identities(spec.rewards)

@@ -292,7 +292,7 @@ def test_rewards_by_kind_by_yaml_and_by_file(tmp_path):
     ("brightness", "DATA", "output=DATA", ("is the data itself",)),
     ("brightness", "DATA", "output=x.csv", ("must end in .jsonl or .parquet",)),
     ("brightness", "DATA", "output=x.parquet", ("only a parquet file becomes parquet",)),
-    ("brightness", "DATA", "output=/proc/nowhere/x.jsonl", ("/proc/nowhere",)),
+    ("brightness", "DATA", "output=/proc/nowhere/x.jsonl", ("output: cannot write in /proc/nowhere",)),
     ("brightness", "DATA", "outptu=x", ('Did you mean "output"',)),
     ("note", "DATA", None, ("note",)),
     ("{x: {kind: brightness}}", "TAKEN", None, ("column score_x already",)),
