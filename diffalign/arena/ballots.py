@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import combinations
 
 import numpy as np
 
@@ -60,9 +62,10 @@ class Ballots:
             for prompt in order:
                 models = self.gallery.prompts[prompt]
                 if pivot in models and len(models) > 1:
-                    chosen = self._entries(prompt, self._models(models, pivot, draw), draw)
-                    if frozenset((e.model, e.picture.sha256) for e in chosen) not in self._judged[voter]:
-                        return self._ballot(prompt, chosen, voter, draw)
+                    for group in self._groups(models, pivot, draw):
+                        chosen = self._entries(prompt, group, draw)
+                        if frozenset((e.model, e.picture.sha256) for e in chosen) not in self._judged[voter]:
+                            return self._ballot(prompt, chosen, voter, draw)
         return None
 
     def progress(self, voter: str) -> dict[str, int]:
@@ -71,14 +74,14 @@ class Ballots:
         return {"votes": seen.total(), "seen": sum(seen[prompt] > 0 for prompt in self.gallery.prompts),
                 "prompts": len(self.gallery.prompts)}
 
-    def _models(self, models: dict[str, list[Entry]], pivot: str, draw: np.random.Generator) -> list[str]:
-        """The pivot and its opponents, of those with a picture of the prompt."""
+    def _groups(self, models: dict[str, list[Entry]], pivot: str, draw: np.random.Generator) -> Iterator[list[str]]:
+        """The pivot with its opponents, of those with a picture of the prompt: the best choice first, then all others."""
         names = sorted(models)
         ids = [self._place[name] for name in names]
-        met = self._met[np.ix_(ids, ids)].copy()
         scores = np.asarray([SKILLS.score(self._skills[i]) for i in ids])
-        chosen = matchmake(scores, met, min(self.spec.k, len(names)), draw, pivot=names.index(pivot))
-        return [names[i] for i in chosen]
+        _, *order = matchmake(scores, self._met[np.ix_(ids, ids)], len(names), draw, pivot=names.index(pivot))
+        for opponents in combinations(order, min(self.spec.k, len(names)) - 1):
+            yield [pivot, *(names[i] for i in opponents)]
 
     def _entries(self, prompt: str, models: list[str], draw: np.random.Generator) -> list[Entry]:
         """One picture each, of the same seed where there is one."""

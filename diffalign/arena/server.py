@@ -76,8 +76,7 @@ class Arena:
         self.pass_ = hmac.new(token.encode(), b"diffalign arena", hashlib.sha256).hexdigest() if token else None
         self.token = token
         self._lock = threading.Lock()
-        self._ballots = Ballots(gallery, spec)
-        self._ballots.restart(store.records())
+        self._ballots, self._learned = Ballots(gallery, spec), (0, 0)
         self._standings: tuple[tuple, Standings] | None = None
         self._server = _listening(spec, self)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
@@ -119,13 +118,13 @@ class Arena:
             if new:
                 ranks = tuple(ranks) if outcome == "ranked" else None
                 self._ballots.learn(Record(ballot=found, outcome=outcome, ranks=ranks, cast_at=""))
+                self._learned = (self._learned[0] + 1, self._learned[1])
             return {"models": list(found.models), "next": self._shown(voter)}
 
     def undo(self, voter: str, ballot: str) -> dict:
         """Takes a vote back; its pictures come again."""
         with self._lock:
             self.store.withdraw(ballot, voter)
-            self._ballots.restart(self.store.records())
             return {"next": self._shown(voter)}
 
     def standings(self) -> Standings:
@@ -137,6 +136,10 @@ class Arena:
             return self._standings[1]
 
     def _shown(self, voter: str) -> dict:
+        state = self.store.state()
+        if state != self._learned:  # a vote was taken back, or another process stored some
+            self._ballots.restart(self.store.records())
+            self._learned = state
         ballot = self.store.open_ballot(voter)
         if ballot is None or not set(ballot.images) <= set(self.gallery.pictures):
             ballot = self._ballots.next(voter, self.store.issued())

@@ -23,16 +23,30 @@ class Page:
         down, self._write = os.pipe()
         self._read, up = os.pipe()
         self._number, self._buffer, self.problems = 0, b"", []
-        command = [BINARY, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe",
-                   f"--user-data-dir={profile}", "about:blank"]
+        command = [
+            BINARY,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ]
         first, second = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (down, up))  # out of the way of 3 and 4
 
         def place() -> None:
             os.dup2(first, 3)
             os.dup2(second, 4)
 
-        self._process = subprocess.Popen(command, preexec_fn=place, pass_fds=(3, 4), stdout=subprocess.DEVNULL,
-                                         stderr=subprocess.DEVNULL, start_new_session=True)
+        self._process = subprocess.Popen(
+            command,
+            preexec_fn=place,
+            pass_fds=(3, 4),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         os.close(first)
         os.close(second)
         os.close(down)
@@ -43,9 +57,7 @@ class Page:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
-        if touch:
-            self.call("Emulation.setTouchEmulationEnabled", enabled=True)
-            self.call("Emulation.setEmulatedMedia", features=[{"name": "hover", "value": "none"}])
+        self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
 
     def call(self, method: str, **params) -> dict:
         self._number += 1
@@ -101,8 +113,10 @@ class Page:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, **({"text": text} if kind == "keyDown" and text else {}))
 
     def click(self, selector: str, nth: int = 0) -> None:
-        box = self.js(f"(() => {{ const b = document.querySelectorAll({json.dumps(selector)})[{nth}].getBoundingClientRect();"
-                      "return [b.x + b.width / 2, b.y + b.height / 2] })()")
+        box = self.js(
+            f"(() => {{ const b = document.querySelectorAll({json.dumps(selector)})[{nth}].getBoundingClientRect();"
+            "return [b.x + b.width / 2, b.y + b.height / 2] })()"
+        )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 

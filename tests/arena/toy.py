@@ -63,6 +63,9 @@ class Client:
 
     def vote(self, ballot: dict, outcome: str = "ranked", ranks: list[int] | None = None):
         ranks = ranks or list(range(1, len(ballot["pictures"]) + 1))
-        status, _, body = self.ask("POST", "/api/vote", {
-            "ballot": ballot["id"], "outcome": outcome, **({"ranks": ranks} if outcome == "ranked" else {})})
+        status, _, body = self.ask(
+            "POST",
+            "/api/vote",
+            {"ballot": ballot["id"], "outcome": outcome, **({"ranks": ranks} if outcome == "ranked" else {})},
+        )
         return status, json.loads(body)
