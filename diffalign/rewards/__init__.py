@@ -3,6 +3,7 @@
 """
 
 from .base import Reward, check, columns_of, identity, judged
+from .image_reward import ImageReward
 from .remote import RemoteReward, VLMJudge
 from .rules import Brightness, Colourfulness, Compressibility
 from .scenes import SceneChecker
@@ -12,6 +13,7 @@ REWARDS = {
     "brightness": Brightness,
     "colourfulness": Colourfulness,
     "compressibility": Compressibility,
+    "image_reward": ImageReward,
     "remote": RemoteReward,
     "vlm": VLMJudge,
 }
