@@ -3,6 +3,7 @@
 """
 
 from .base import Reward, check, columns_of, identity, judged
+from .hpsv3 import HPSv3
 from .image_reward import ImageReward
 from .remote import RemoteReward, VLMJudge
 from .rules import Brightness, Colourfulness, Compressibility
@@ -13,6 +14,7 @@ REWARDS = {
     "brightness": Brightness,
     "colourfulness": Colourfulness,
     "compressibility": Compressibility,
+    "hpsv3": HPSv3,
     "image_reward": ImageReward,
     "remote": RemoteReward,
     "vlm": VLMJudge,
