@@ -5,6 +5,7 @@
 from .base import Reward, check, columns_of, identity, judged
 from .hpsv3 import HPSv3
 from .image_reward import ImageReward
+from .ocr import TextRendering
 from .remote import RemoteReward, VLMJudge
 from .rules import Brightness, Colourfulness, Compressibility
 from .scenes import SceneChecker
@@ -16,6 +17,7 @@ REWARDS = {
     "compressibility": Compressibility,
     "hpsv3": HPSv3,
     "image_reward": ImageReward,
+    "ocr": TextRendering,
     "remote": RemoteReward,
     "vlm": VLMJudge,
 }

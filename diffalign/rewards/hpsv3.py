@@ -262,7 +262,7 @@ def _patches(picture: Image.Image) -> tuple[Tensor, tuple[int, int]]:
 
 
 def _size(height: int, width: int) -> tuple[int, int]:
-    """Sides in pixels, multiples of 28, near ``PIXELS`` in area and the picture in shape: Qwen2-VL's rule, both limits equal."""
+    """Sides in pixels, multiples of 28, near ``PIXELS`` in area and the picture in shape: Qwen2-VL's rule, limits equal."""
     if max(height, width) > 200 * min(height, width):
         raise _TooLong
     sides = [round(side / CELL) * CELL for side in (height, width)]
