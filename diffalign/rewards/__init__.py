@@ -5,7 +5,11 @@
 from .aesthetic import Aesthetic
 from .base import Reward, check, columns_of, identity, judged
 from .clip import ClipScore, HPSv2, PickScore
+from .hpsv3 import HPSv3
+from .image_reward import ImageReward
 from .mps import MPS
+from .ocr import TextRendering
+from .remote import RemoteReward, VLMJudge
 from .rules import Brightness, Colourfulness, Compressibility
 from .scenes import SceneChecker
 
@@ -19,6 +23,11 @@ REWARDS = {
     "hpsv2": HPSv2,
     "aesthetic": Aesthetic,
     "mps": MPS,
+    "hpsv3": HPSv3,
+    "image_reward": ImageReward,
+    "ocr": TextRendering,
+    "remote": RemoteReward,
+    "vlm": VLMJudge,
 }
 
 __all__ = ["REWARDS", "Reward", "check", "columns_of", "identity", "judged"]
