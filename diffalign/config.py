@@ -23,6 +23,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from . import likelihood, objectives, process, rewards
+from .arena.spec import ArenaSpec
 from .building.filters import FILTERS
 from .building.select import SELECTS, Select
 from .building.spec import BuildSpec, ScoreSpec
@@ -96,6 +97,11 @@ def load_score(rewards: str, data: str, overrides: typing.Sequence[str] = ()) ->
     file that holds one. data: what to score. Raises ConfigError.
     """
     return _build(ScoreSpec, _overridden({"rewards": _named_rewards(rewards), "data": data}, overrides), "")
+
+
+def load_arena(gallery: str, overrides: typing.Sequence[str] = ()) -> ArenaSpec:
+    """What ``diffalign arena`` is told. Raises ConfigError."""
+    return _build(ArenaSpec, _overridden({"gallery": gallery}, overrides), "")
 
 
 def _overridden(tree: dict, overrides: typing.Sequence[str]) -> dict:

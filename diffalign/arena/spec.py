@@ -22,7 +22,7 @@ class ArenaSpec:
     served; port 0 takes any free one. token_env: name of the environment variable that holds the visitors' token, needed for
     any host but this machine itself. database: file of the votes; null is arena.sqlite beside the table. voter: the judge's
     name in the votes; null gives every browser a random one. criteria: what the page asks to judge by. seed: of the order in
-    which prompts and pictures come.
+    which prompts and pictures come. export: a folder; the votes are written there as preference data, and no page is served.
     """
 
     gallery: str
@@ -34,6 +34,7 @@ class ArenaSpec:
     voter: str | None = None
     criteria: str = CRITERIA
     seed: int = 0
+    export: str | None = None
 
     def __post_init__(self):
         if not self.gallery.strip():
