@@ -20,6 +20,7 @@ GRACE = 3.0  # seconds in which a launcher ends the other processes after one ha
 
 CONFIG = ("CONFIG", "a recipe, such as configs/quickstart.yaml")
 REWARDS = ("REWARDS", "kinds separated by commas, a YAML mapping of names to rewards, or a .yaml file that holds one")
+GALLERY = ("GALLERY", "JSONL table with the columns prompt, model, image, or its folder")
 DATA = ("DATA", "parquet, CSV, JSON or JSONL file, or a folder of pictures or of a build")
 
 
@@ -46,6 +47,8 @@ _COMMANDS = {
                       load="load_build"),
     "score": _Command("write rewards' scores of a data set or a folder of pictures as columns; run it again to resume",
                       (REWARDS, DATA), "load_score"),
+    "arena": _Command("serve a page where people rank anonymous pictures of several models; votes become ratings and, with "
+                      "export=FOLDER, preference data", (GALLERY,), "load_arena"),
 }
 
 _EPILOG = """\

@@ -23,13 +23,13 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from . import likelihood, objectives, process, rewards
+from .arena.spec import ArenaSpec
 from .building.editor import EDITORS, Editor
 from .building.feedback import CRITICS, INSTRUCTORS, Critic, Instructor
 from .building.filters import EMBEDDERS, FILTERS, QUALITIES, Embedder, Quality
 from .building.rich import RichSpec
-from .building.score import ScoreSpec
 from .building.select import SELECTS, Select
-from .building.spec import BuildSpec
+from .building.spec import BuildSpec, ScoreSpec
 from .building.types import Filter
 from .building.utility import UTILITIES, Utility
 from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
@@ -130,6 +130,11 @@ def load_score(rewards: str, data: str, overrides: typing.Sequence[str] = ()) ->
     file that holds one. data: what to score. Raises ConfigError.
     """
     return _build(ScoreSpec, _overridden({"rewards": _named_rewards(rewards), "data": data}, overrides), "")
+
+
+def load_arena(gallery: str, overrides: typing.Sequence[str] = ()) -> ArenaSpec:
+    """What ``diffalign arena`` is told. Raises ConfigError."""
+    return _build(ArenaSpec, _overridden({"gallery": gallery}, overrides), "")
 
 
 def _overridden(tree: dict, overrides: typing.Sequence[str]) -> dict:

@@ -1,7 +1,5 @@
 """Serve one reward to other processes on this machine, over the protocol of diffalign/rewards/remote.py:
-
     python scripts/serve_reward.py compressibility --port 8000 quality=90
-
 and elsewhere: kind remote, url http://127.0.0.1:8000/. Loopback only, no key: tunnel the port to another machine (ssh -L).
 """
 
@@ -34,8 +32,8 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="name=value")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_intermixed_args()
+    spec = {"kind": args.reward}
     try:
-        spec = {"kind": args.reward}
         for option in args.options:
             apply_override(spec, option)
         reward = load_reward(spec)

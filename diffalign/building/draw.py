@@ -163,7 +163,10 @@ def pipeline(drawer: Drawer, sampling: Sampling, device: str | torch.device = "c
     if sampling.scheduler or sampling.timestep_spacing:
         own = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
         pipe.scheduler = make_scheduler(own, sampling.scheduler, sampling.timestep_spacing)
-    return pipe.to(device, getattr(torch, sampling.dtype))
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, getattr(torch, sampling.dtype))  # diffusers' own warns of layers that no family here has
+    return pipe.to(device)
 
 
 def _lora(drawer: Drawer) -> Path:

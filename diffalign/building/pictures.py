@@ -36,6 +36,13 @@ def store(folder: Path, image: Image.Image) -> str:
     return name
 
 
+def tidy(folder: Path) -> None:
+    """Remove what killed processes were writing; for when none writes any more."""
+    for pattern in (".tmp-*", "*/.tmp-*", f"{FOLDER}/*/.tmp-*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
 def place(digest: str) -> str:
     """images/ab/abcd....png: at most 256 folders, so that none holds millions of files."""
     return f"{FOLDER}/{digest[:2]}/{digest}.png"

@@ -40,9 +40,8 @@ from .fingerprint import MOST, probe
 from .journal import Journal
 from .judge import scored
 from .pictures import MAX_PIXELS, fetch, store
-from .recall import WORK
 
-PAIRS, RECORDS, FACTS = "pairs.jsonl", "records.parquet", "rich.json"
+PAIRS, RECORDS, FACTS, WORK = "pairs.jsonl", "records.parquet", "rich.json", "work"
 UNIT = 32  # records that are asked about, or scored, between two writes
 STATUSES = ("ok", "tie", "no_issue", "no_op", "broken", "parse_error", "unscored", "unanswered", "balanced_out")
 

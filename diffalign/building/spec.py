@@ -110,9 +110,38 @@ class BuildSpec:
         if self.utility is None and len(self.rewards) > 1:
             raise ValueError("utility is missing: say how several rewards become one number, such as utility=votes, "
                              "utility=mean or utility={kind: reward, reward: NAME}")
-        lost = [name for name in (self.utility.reads(tuple(self.rewards)) if self.utility else ()) if name not in self.rewards]
+        read = self.utility.reads(tuple(self.rewards)) if self.utility else tuple(self.rewards)
+        lost = [name for name in read if name not in self.rewards]
+        if not read:
+            raise ValueError("utility reads no reward: its weights must not all be 0")
         if lost:
             raise ValueError(f"utility names the reward '{lost[0]}', which is not among rewards: {', '.join(self.rewards)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSpec:
+    """Rewards over the pictures of a data set.
+
+    rewards: by name; a column score_<name> each. data: parquet, CSV, JSON or JSONL file, a folder of pictures, or that of a
+    build. output: null puts it beside the data. split, image_root: as in a training recipe. max_pixels: larger pictures are
+    not scored. overwrite: replace an output of other rewards or data. cpu: leave the GPU alone.
+    """
+
+    rewards: dict[str, Reward]
+    data: str
+    output: str | None = None
+    split: str = "train"
+    image_root: str | None = None
+    max_pixels: int = 100_000_000
+    overwrite: bool = False
+    cpu: bool = False
+
+    def __post_init__(self):
+        check_names("rewards", self.rewards, "reward")
+        if not self.data.strip():
+            raise ValueError("data is empty; give a file or a folder")
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}")
 
 
 def check_names(option: str, table: dict, noun: str) -> None:

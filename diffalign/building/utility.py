@@ -44,10 +44,6 @@ class Mean:
 
     weights: dict[str, float] = field(default_factory=dict)
 
-    def __post_init__(self):
-        if self.weights and not any(self.weights.values()):
-            raise ValueError("weights must not all be 0")
-
     def reads(self, names: Sequence[str]) -> tuple[str, ...]:
         return tuple(name for name in dict.fromkeys((*names, *self.weights)) if self.weights.get(name, 1.0) != 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -65,8 +66,7 @@ class Aesthetic:
 
     def check(self) -> None:
         """Raises ModelError or ConfigError unless head and CLIP are there and fit together. Nothing is loaded."""
-        file = local_file(self.head, "aesthetic: head")
-        found = shapes([file])
+        file, found = self._file, shapes([self._file])
         self._source.check()
         width = self._source.width
         first = found.get(LAYERS[self.version][0] + "weight", (1, width))
@@ -76,8 +76,8 @@ class Aesthetic:
         check_shapes(found, self._wanted(found, width), f"{file} (version {self.version})")
 
     def identity(self) -> dict[str, Any]:
-        return {**self._source.identity(), "head": self.head, "head_sha256": sha256([local_file(self.head, "aesthetic: head")]),
-                "version": self.version, "scale": "rating"}
+        return {**self._source.identity(), "head": self.head, "head_sha256": sha256([self._file]), "version": self.version,
+                "scale": "rating"}
 
     def _wanted(self, found: dict[str, tuple], width: int) -> dict[str, tuple]:
         """Each layer reads what the one before gives; the last gives one number."""
@@ -90,6 +90,10 @@ class Aesthetic:
         return wanted
 
     @cached_property
+    def _file(self) -> Path:
+        return local_file(self.head, "aesthetic: head")
+
+    @cached_property
     def _source(self) -> ClipSource:
         return ClipSource(model=self.model, revision=self.revision, architecture=self.architecture)
 
@@ -100,5 +104,5 @@ class Aesthetic:
 
     @cached_property
     def _layers(self) -> list[tuple[Tensor, Tensor]]:
-        head, device = tensors(local_file(self.head, "aesthetic: head")), on_device(self.device)
+        head, device = tensors(self._file), on_device(self.device)
         return [(head[name + "weight"].to(device), head[name + "bias"].to(device)) for name in LAYERS[self.version]]

@@ -140,8 +140,8 @@ class HPSv2(_Cosine):
 
     The two versions are different weights of one network, and their numbers don't compare. model: the published checkpoint
     as .safetensors (docs/rewards.md), or a transformers folder. antialias False: the letterbox as torchvision before 0.17
-    made it, under which the published tables were computed. The reference forgets to pad a picture whose longest side is
-    already 224; here it is padded.
+    made it, with which the published tables were probably computed. The reference forgets to pad a picture whose longest side
+    is already 224; here it is padded.
     """
 
     model: str | None = None

@@ -35,7 +35,7 @@ class Words(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MPS:
-    """exp(logit_scale) * cosine of the prompt and the picture as seen through the prompt; for comparing pictures of one prompt.
+    """exp(logit_scale) * cosine of the prompt and the picture as seen through it; for comparing pictures of one prompt.
 
     model: the published checkpoint's tensors as .safetensors (docs/rewards.md). backbone: folder or hub id of the CLIP that
     it was trained from; only its config.json and tokenizer are read. threshold: a token is kept when its similarity to the
@@ -110,10 +110,13 @@ def load_network(file: Path, folder: Path, condition: str, threshold: float, dev
         clip.load_state_dict({n: v for k, v in values.items() if (n := k.removeprefix("model.")) in names})
         tokenize = clip_tokenizer(folder, config.text_config.max_position_embeddings)
     depth = 1 + max(int(key.split(".")[2]) for key in values if key.startswith("cross_model.layers."))
-    layers = [{part: {key.removeprefix(start): value.to(device, dtype) for key, value in values.items() if key.startswith(start)}
-               for part, start in (("cross", f"cross_model.layers.{i}.0.fn."), ("own", f"cross_model.layers.{i}.1.fn."))}
-              for i in range(depth)]
     clip = clip.to(device, dtype).eval().requires_grad_(False)
+
+    def half(start: str) -> dict[str, Tensor]:
+        return {key.removeprefix(start): value.to(device, dtype) for key, value in values.items() if key.startswith(start)}
+
+    layers = [{"cross": half(f"cross_model.layers.{i}.0.fn."), "own": half(f"cross_model.layers.{i}.1.fn.")}
+              for i in range(depth)]
     return Network(clip=clip, tokenize=tokenize, layers=layers, condition=condition, threshold=threshold)
 
 

@@ -54,8 +54,10 @@ class Preprocess:
         return int(self.size * height / short), int(self.size * width / short)
 
     def _resize_short(self, picture: Tensor) -> Tensor:
-        # bicubic overshoots at edges; PIL cuts that off when it stores bytes
-        return _resize(picture, self._short_sizes(*picture.shape[1:]), antialias=True).clamp(0, 1)
+        # PIL goes over the rows, then over the columns, and bytes cut off what bicubic overshoots at edges, both times
+        height, width = self._short_sizes(*picture.shape[1:])
+        rows = _resize(picture, (picture.shape[1], width), antialias=True).clamp(0, 1)
+        return _resize(rows, (height, width), antialias=True).clamp(0, 1)
 
     def _crop(self, picture: Tensor) -> Tensor:
         top, left = (_middle(length - self.size, self.middle) for length in picture.shape[1:])

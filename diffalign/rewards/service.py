@@ -66,8 +66,9 @@ class Service:
         for name in ("deadline", "timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)}")
-        if self.retries < 0 or self.concurrency < 1:
-            raise ValueError(f"retries must be >= 0 and concurrency >= 1, got {self.retries} and {self.concurrency}")
+        for name, least in (("retries", 0), ("concurrency", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
 
     @property
     def address(self) -> str:

@@ -13,8 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, ModelError
-from .weights import (check_shapes, folder_weights, loading, local_file, model_folder, on_device, prefix_before, read_json,
-                      sha256, shapes, tensors)
+from .weights import (
+    check_shapes,
+    folder_weights,
+    loading,
+    local_file,
+    model_folder,
+    on_device,
+    prefix_before,
+    read_json,
+    sha256,
+    shapes,
+    tensors,
+)
 
 FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json")

@@ -13,7 +13,8 @@ from typing import Any
 from ..building import draw, judge, table
 from ..building.draw import Plan
 from ..building.journal import Journal
-from ..building.recall import WORK, begin
+from ..building.pictures import FOLDER, tidy
+from ..building.recall import begin
 from ..building.select import SELECTS
 from ..building.spec import BuildSpec
 from ..config import as_tree, dump
@@ -21,13 +22,13 @@ from ..data.columns import normalised
 from ..data.prompts import Prompts, read_prompts
 from ..errors import DataError
 from ..evaluate.files import clean, write_json
-from ..rewards import identity
+from ..rewards import Reward, identity
 from ..train import make_accelerator, world_of
 from ..train.checkpoint import check_writable, claim
 from ..train.spec import TrainSpec
 from .words import Printer, silent
 
-FACTS = "build.json"
+FACTS, WORK = "build.json", "work"
 LIBRARIES = ("diffalign", "torch", "diffusers", "transformers", "pillow")
 
 
@@ -45,16 +46,18 @@ def build(spec: BuildSpec, printer: Printer = silent) -> dict:
     say, plan = printer if main else silent, Plan.of(spec, prompts)
     with claimed(folder) if main else nullcontext():
         if main:
-            begun = _begun(spec, prompts)
-            begin(folder, begun, spec.overwrite, (*{known.table for known in SELECTS.values()}, table.SCORES, FACTS))
+            begun, rewards = _begun(spec, prompts), identities(spec.rewards)
+            results = {*(known.table for known in SELECTS.values()), table.SCORES, FACTS}
+            begin(folder / WORK, begun, rewards, spec.overwrite, [folder / name for name in sorted(results)], folder / FOLDER)
         world.barrier()
         images, scores = _candidates(spec, plan, folder, world, accelerator.device, say)
         if not main:
             return {}
+        tidy(folder)
         made = table.make(spec, plan, images, scores, folder)
-        facts = clean({**made, "table": spec.select.table, "recipe": as_tree(spec), "begun": begun,
+        facts = clean({**made, "table": spec.select.table, "recipe": as_tree(spec), "drawn": begun, "identities": rewards,
                        "recipe_sha256": hashlib.sha256(dump(spec).encode()).hexdigest(),
-                       "versions": {name: version(name) for name in LIBRARIES}})
+                       "versions": versions()})
         write_json(folder / FACTS, facts)
     for line in _said(spec, made):
         say(line)
@@ -76,6 +79,10 @@ def _candidates(spec: BuildSpec, plan: Plan, folder: Path, world, device, say: P
     judge.score(spec.rewards, plan, images, folder, scores, **share)
     world.barrier()
     return images, judge.known(scores)
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
 
 
 @contextmanager
@@ -106,12 +113,15 @@ def _checked(spec: BuildSpec) -> Prompts:
 
 
 def _begun(spec: BuildSpec, prompts: Prompts) -> dict[str, Any]:
-    """What decides pictures and scores; hashes stand for files."""
+    """What decides the pictures; hashes stand for files."""
     texts = "\n".join(prompts.texts[:spec.max_prompts])
     return {"seed": spec.seed, "samples": spec.samples, "max_prompts": spec.max_prompts,
-            "prompts": hashlib.sha256(texts.encode()).hexdigest(), **draw.facts(spec),
-            "rewards": {name: {"options": as_tree(reward), "identity": clean(identity(reward))}
-                        for name, reward in spec.rewards.items()}}
+            "prompts": hashlib.sha256(texts.encode()).hexdigest(), **draw.facts(spec)}
+
+
+def identities(rewards: dict[str, Reward]) -> dict[str, dict]:
+    """What decides the scores of each: its options, and the facts that pin its numbers."""
+    return {name: {**as_tree(reward), "identity": clean(identity(reward))} for name, reward in rewards.items()}
 
 
 def _said(spec: BuildSpec, made: dict) -> list[str]:

@@ -457,7 +457,8 @@ def test_the_key_is_sent_and_never_shown(behaviour, monkeypatch, caplog):
             return cut(handler, body)
         if behaviour == "answered" or (behaviour == "partly" and brightness(body)[0]["score"] == 0):
             return honest(handler, body)
-        send(handler, f"bad key {got[-1]}".encode(), 401, **({"X_Key": KEY} if "header" in behaviour else {}))
+        quoted = f"{got[-1].removeprefix('Bearer ')} is none of our keys".encode()
+        send(handler, quoted, 401, **({"X_Key": KEY} if "header" in behaviour else {}))
 
     with server(answer) as url:
         reward = remote(url, api_key_env="JUDGE_KEY", batch_size=1)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -23,7 +24,8 @@ CONFIG = {
                       "image_size": SIZE, "patch_size": 14},
     "projection_dim": WIDTH, "logit_scale_init_value": 4.6,
 }
-OPEN_CLIP = {"embed_dim": WIDTH, "vision_cfg": {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14},
+OPEN_CLIP = {"embed_dim": WIDTH,
+             "vision_cfg": {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14},
              "text_cfg": {"context_length": LENGTH, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}}
 
 
@@ -55,10 +57,14 @@ def clip_folder(folder: Path, seed: int = 0):
     return model
 
 
+def the_open_clip():
+    """open_clip, or a skipped test where it is not installed; setup.sh installs it."""
+    return pytest.importorskip("open_clip", reason="open_clip is not installed: pip install diffalign[clip]")
+
+
 def open_clip_file(file: Path, prefix: str = "", seed: int = 0):
     """An open_clip CLIP of the architecture "tiny", its tensors in a safetensors file; returns the model."""
-    import open_clip
-
+    open_clip = the_open_clip()
     config = file.parent / "tiny.json"
     config.write_text(json.dumps(OPEN_CLIP))
     open_clip.add_model_config(config)
@@ -68,10 +74,11 @@ def open_clip_file(file: Path, prefix: str = "", seed: int = 0):
     return model
 
 
-def mps_file(file: Path, folder: Path, *, layers: int = 2, heads: int = 2, head: int = 6, seed: int = 3) -> dict[str, torch.Tensor]:
-    """A CLIP folder (configuration and tokenizer) and the state dict of a whole MPS model over it; returns the state dict."""
+def mps_file(file: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """A CLIP folder (configuration and tokenizer) and the tensors of a whole MPS model over it, 2 layers of 2 heads of 6."""
+    layers, heads, head = 2, 2, 6
     clip = clip_folder(folder)
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(shape, generator=g) * 0.3  # noqa: E731
     wide, inner, state = 4 * WIDTH, heads * head, {f"model.{k}": v.clone() for k, v in clip.state_dict().items()}
     state["model.text_model.embeddings.position_ids"] = torch.arange(LENGTH)[None]   # a buffer that older releases saved
