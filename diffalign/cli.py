@@ -45,6 +45,8 @@ _COMMANDS = {
     "grid": _Command("draw the comparison grid only: PNG, WebP and a page to look at it", load="load_evaluation"),
     "build": _Command("make preference data: prompts, samples, rewards, ranked groups or pairs; run it again to resume",
                       load="load_build"),
+    "rich": _Command("make preference data by critique and edit: a VLM says what is wrong, an editor mends it, a reward "
+                     "decides; run it again to resume", load="load_rich"),
     "score": _Command("write rewards' scores of a data set or a folder of pictures as columns; run it again to resume",
                       (REWARDS, DATA), "load_score"),
     "arena": _Command("serve a page where people rank anonymous pictures of several models; votes become ratings and, with "

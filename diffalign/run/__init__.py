@@ -4,8 +4,9 @@ from .arena import arena
 from .build import build
 from .evaluate import evaluate, grid
 from .prepare import check, encode
+from .rich import rich
 from .score import score
 from .train import train
 from .words import LORA_FILE
 
-__all__ = ["LORA_FILE", "arena", "build", "check", "encode", "evaluate", "grid", "score", "train"]
+__all__ = ["LORA_FILE", "arena", "build", "check", "encode", "evaluate", "grid", "rich", "score", "train"]
