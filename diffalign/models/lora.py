@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,9 @@ def load(pipe, file: Path, adapter: str = "default_0") -> None:
     """
     check_weights([file], "the trained LoRA")
     try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several, on purpose
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(f"{file}: does not fit this model ({reason}); train it again, or name its own base") from error

@@ -183,7 +183,8 @@ def test_embedded_small_pictures_are_lossless(tmp_path, comparison, run):
     write_report(tmp_path, run, comparison)
     page = Page((tmp_path / "report.html").read_text())
     first = page.all("img")[0]["src"].split(",", 1)[1]
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(first)))), np.asarray(comparison.tiles[0].pictures["base"]))
+    shown = Image.open(io.BytesIO(base64.b64decode(first)))
+    assert np.array_equal(np.asarray(shown), np.asarray(comparison.tiles[0].pictures["base"]))
 
 
 def test_large_pictures_are_reduced(tmp_path, comparison, run):
