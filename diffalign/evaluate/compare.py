@@ -164,9 +164,9 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
     name is the base.
 
     compared: the models that are compared with it, the main one first; None takes the second name, and all others that are in
-    no sweep. strengths: sides of a strength sweep. training: rewards that were optimised, None where not known. facts: added to ``identity``. run_seed:
-    used where ``spec.seed`` is None. show_seeds: seeds per prompt among the tiles. extremes: how many of the largest gains and
-    losses are shown; their pictures are drawn once more.
+    no sweep. strengths: sides of a strength sweep. training: rewards that were optimised, None where not known. facts: added
+    to ``identity``. run_seed: used where ``spec.seed`` is None. show_seeds: seeds per prompt among the tiles. extremes: how
+    many of the largest gains and losses are shown; their pictures are drawn once more.
 
     Each model is drawn on its own and leaves numbers and the pictures that will be shown, so memory grows neither with the
     number of prompts nor of models. Raises ConfigError where the judge can score no picture of the main model, DataError for

@@ -4,7 +4,7 @@
 |---|---|---|
 | any | .txt, a prompt a line | none |
 | PartiPrompts | .tsv with columns Prompt and Category (1632) | Category |
-| HPSv2 benchmark (HPDv2) | folder of .json, each a list of prompts (4 of 800; the test split's 400 prompts are another set) | file |
+| HPSv2 benchmark (HPDv2) | folder of .json, lists of prompts (4 of 800; the test split's 400 are another set) | file |
 | GenEval | .jsonl, each line an object with prompt and tag (553) | tag |
 | T2I-CompBench | folder of *_val.txt (300 each; the training prompts beside them are left out) | file |
 | DPG-Bench | folder of .txt of one prompt each, or .csv of questions with item_id and text (1065) | none |

@@ -69,7 +69,7 @@ def load(pipe, file: Path, adapter: str = "default_0") -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several, on purpose
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(f"{file}: does not fit this model ({reason}); train it again, or name its own base") from error
     if not any(adapter in names for names in pipe.get_list_adapters().values()):

@@ -1,4 +1,4 @@
-"""Any number of models beside one base: order, memory, multiplicity, further rewards, strengths, judges that were trained on."""
+"""Any number of models beside one base: order, memory, multiplicity, rewards, strengths, judges that were trained on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def found():
     texts = prompts(60)
     kinds = [parse(text).kind for text in texts]
     rewards = {"vivid": Colourfulness(), "small": Compressibility()}
-    return compare(MODELS, texts, spec(rewards=rewards), categories=kinds, training=(Colourfulness(), Brightness()), progress=None)
+    return compare(MODELS, texts, spec(rewards=rewards), categories=kinds, training=(Colourfulness(), Brightness()),
+                   progress=None)
 
 
 def test_every_model_has_its_own_verdict(found):
@@ -54,8 +55,8 @@ def test_every_model_has_its_own_verdict(found):
 
 def test_the_sentence_says_how_many_were_compared(found):
     assert found.sentence.startswith("The aligned model is better: it wins ")
-    assert found.sentence.endswith("3 models were compared with the base, so their sign tests are corrected by Holm's rule: better: "
-                                   "aligned; worse: broken; not decided: slightly.")
+    assert found.sentence.endswith("3 models were compared with the base, so their sign tests are corrected by Holm's rule: "
+                                   "better: aligned; worse: broken; not decided: slightly.")
     assert found.corrected["aligned"] == pytest.approx(3 * found.results["aligned"].sign_test)
 
 
@@ -85,8 +86,8 @@ def test_a_verdict_may_not_survive_its_company():
     together = compare(many, texts, spec(judge=Numbers()), progress=None)
     assert together.results["aligned"] == alone.results["aligned"] and together.verdict("aligned") == "undecided"
     assert together.corrected["aligned"] == pytest.approx(5 * alone.statistics.sign_test)
-    assert together.sentence.startswith("No difference is shown once 5 models are compared: taken alone the aligned model would "
-                                        "count as better (62.5% of 60 prompts")
+    assert together.sentence.startswith("No difference is shown once 5 models are compared: taken alone the aligned model "
+                                        "would count as better (62.5% of 60 prompts")
 
 
 def test_further_rewards_are_reported_not_judged(found, tmp_path):
@@ -134,10 +135,11 @@ def test_a_judge_that_was_trained_on_is_called_so():
     assert trained_on(Sum(rewards={"a": Brightness()}), (Brightness(),))
     assert not trained_on(SceneChecker(), (Sum(rewards={"a": Brightness()}), Compressibility()))
     assert not trained_on(SceneChecker(), ())
-    told = compare({"base": side(0.6, 1), "aligned": side(0.1, 2)}, prompts(30), spec(), training=(SceneChecker(),), progress=None)
+    two = {name: MODELS[name] for name in ("base", "aligned")}
+    told = compare(two, prompts(30), spec(), training=(SceneChecker(),), progress=None)
     assert told.held_out is False and "The judge (scenes) was trained on: not held out." in told.sentence
     assert not told.rewards  # it is the judge: not reported twice
-    unknown = compare({"base": side(0.6, 1), "aligned": side(0.1, 2)}, prompts(30), spec(), progress=None)
+    unknown = compare(two, prompts(30), spec(), progress=None)
     assert unknown.held_out is None and "trained on" not in unknown.sentence
 
 
@@ -149,9 +151,10 @@ def test_the_best_strength_is_named_with_its_doubt(tmp_path):
     assert found.sweep.best == "strength 0.5" and found.sweep.picked["strength 0.5"] > 0.99
     assert sum(found.sweep.picked.values()) == pytest.approx(1)
     report = write_report(tmp_path, Run(title="t", base_model="b"), found)
-    assert report["strengths"]["best"] == 0.5 and [row["strength"] for row in report["strengths"]["strengths"]] == [0, 0.5, 1]
-    assert "Best strength by the judge: 0.5" in report["strengths"]["sentence"] and "too good" in report["strengths"]["sentence"]
-    assert report["strengths"]["strengths"][1]["statistics"]["win_rate_low"] > 0.5
+    told = report["strengths"]
+    assert told["best"] == 0.5 and [row["strength"] for row in told["strengths"]] == [0, 0.5, 1]
+    assert "Best strength by the judge: 0.5" in told["sentence"] and "too good" in told["sentence"]
+    assert told["strengths"][1]["statistics"]["win_rate_low"] > 0.5
     assert (tmp_path / "strengths.png").exists() and "strengths.webp" in {path.name for path in tmp_path.iterdir()}
     assert compare(models, prompts(6), spec(judge=None), strengths=strengths, progress=None).sweep is None
 
@@ -191,7 +194,8 @@ def test_only_what_is_shown_is_kept():
 
 
 def test_a_side_with_rewards_survives_its_file(tmp_path):
-    made = draw_side(side(0.5, 1), prompts(5), None, spec(seed=0, seeds=2), rewards={"a/b": Brightness(), "c": Colourfulness()})
+    rewards = {"a/b": Brightness(), "c": Colourfulness()}
+    made = draw_side(side(0.5, 1), prompts(5), None, spec(seed=0, seeds=2), rewards=rewards)
     made.save(tmp_path / "s.npz")
     again = Side.load(tmp_path / "s.npz")
     assert list(again.rewards) == ["a/b", "c"] and np.isnan(again.scores).all() and made.statistics.shape == (3, 5, 2)
@@ -238,8 +242,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
     """To the last bit: scores, rewards, statistics, intervals, and the grid's bytes."""
     def run(rank, size):
         command = [sys.executable, "-c", RANK, str(tmp_path), str(rank), str(size)]
-        return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     processes = [run(0, 2), run(1, 2)]
     single = compare(MODELS, prompts(41), spec(seeds=2, rewards={"vivid": Colourfulness()}), progress=None)
@@ -251,8 +255,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
     for name in ("comparison", "models", "rewards", "sentence", "holm"):
         assert one[name] == two[name], name
     assert (tmp_path / "1" / "grid.png").read_bytes() == (tmp_path / "2" / "grid.png").read_bytes()
-    pictures = [(tmp_path / name / "report.html").read_text().split("<main>")[1].split("<h2>Reproduce")[0] for name in ("1", "2")]
-    assert pictures[0] == pictures[1]
+    pages = [(tmp_path / name / "report.html").read_text() for name in ("1", "2")]
+    assert pages[0].split("<main>")[1].split("<h2>Reproduce")[0] == pages[1].split("<main>")[1].split("<h2>Reproduce")[0]
 
 
 @pytest.mark.parametrize(("fields", "words"), [
@@ -264,7 +268,8 @@ def test_specs_that_cannot_be_meant(fields, words):
 
 
 @pytest.mark.parametrize(("fields", "words"), [
-    ({}, "lora is missing"), ({"checkpoint": 3, "lora": "x"}, "checkpoint stands alone"), ({"lora": "x", "revision": "y"}, "belong to"),
+    ({}, "lora is missing"), ({"checkpoint": 3, "lora": "x"}, "checkpoint stands alone"),
+    ({"lora": "x", "revision": "y"}, "belong to"),
     ({"lora": "x", "lora_scale": 11}, "lora_scale must lie"), ({"checkpoint": -1}, "must not be negative")])
 def test_entrants_that_cannot_be_meant(fields, words):
     with pytest.raises(ValueError, match=words):

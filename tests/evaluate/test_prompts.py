@@ -28,7 +28,8 @@ def write(path: Path, content: str) -> Path:
 def test_lines_and_parti(tmp_path):
     path = write(tmp_path / "a.txt", '\ufeffa red ring\r\n\r\n  "quoted" & <b>\nform\x0cfeed\u2028kept')
     assert read_prompts(path).texts == ["a red ring", '"quoted" & <b>', "form\x0cfeed\u2028kept"]
-    path = write(tmp_path / "b.tsv", 'Prompt\tCategory\tChallenge\tNote\na "fox, red\tAnimals\tBasic\t\nhens\tAnimals\tBasic\tx\n')
+    header = "Prompt\tCategory\tChallenge\tNote\n"
+    path = write(tmp_path / "b.tsv", header + 'a "fox, red\tAnimals\tBasic\t\nhens\tAnimals\tBasic\tx\n')
     table = read_prompts(path)  # a lone straight quote, and a comma, are letters
     assert (table.texts, table.categories) == (['a "fox, red', "hens"], ["Animals", "Animals"])
 
@@ -66,7 +67,8 @@ def test_t2i_compbench_keeps_its_last_line_and_leaves_training_out(tmp_path):
 def test_dpg_bench_folder_and_questions(tmp_path):
     for name, text in (("10", "ten"), ("2", "two, long"), ("COCO1", "a photo")):
         write(tmp_path / "p" / f"{name}.txt", text)
-    assert read_prompts(tmp_path / "p").texts == ["two, long", "ten", "a photo"] and read_prompts(tmp_path / "p").categories is None
+    found = read_prompts(tmp_path / "p")
+    assert found.texts == ["two, long", "ten", "a photo"] and found.categories is None
     table = ("item_id,text,keywords,proposition_id,question_natural_language\n"
              'first,"One, with a comma\nand a line break",,1,Is it one?\n'
              'first,"One, with a comma\nand a line break",,2,Is it two?\n'
@@ -90,17 +92,25 @@ def test_other_tables(tmp_path):
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("x.json", "{", "x.json is not readable JSON"), ("x.json", "3", "is no list of prompts"),
     ("x.json", '["a", 3]', "mixes prompts with something else"), ("x.json", '["a", " "]', "entry 2 has no prompt"),
-    ("x.json", '[{"words": "a"}]', "names no column of prompts"), ("x.jsonl", '{"prompt": "a"}\n{', "line 2 is not readable JSON"),
+    ("x.json", '[{"words": "a"}]', "names no column of prompts"),
+    ("x.jsonl", '{"prompt": "a"}\n{', "line 2 is not readable JSON"),
     ("x.jsonl", '{"prompt": "a"}\n{"tag": "b"}', "entry 2 has no prompt"), ("x.csv", 'prompt\n"a', "is no table with commas"),
     ("x.csv", "words\na\n", "names no column"), ("x.json", "[]", "holds no prompt"), ("x.parquet", "no", "cannot read"),
-    ("x.json", "[" * 100_000, "is not readable JSON")])
+    ("x.json", "[" * 100_000, "is not readable JSON"), ("gone.txt", None, "cannot read .*gone.txt: No such file"),
+    ("empty.txt", "\n \n", "holds no prompt"), ("t.tsv", "Text\nx\n", 'line 1 names no column "Prompt"'),
+    ("short.tsv", "Category\tPrompt\nx\n", "line 2 has no prompt")])
 def test_bad_files_are_one_line(tmp_path, name, content, words):
+    path = tmp_path / name if content is None else write(tmp_path / name, content)
     with pytest.raises(DataError, match=words) as caught:
-        read_prompts(write(tmp_path / name, content), "prompts")
+        read_prompts(path, "prompts")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("prompts: ")
 
 
-def test_empty_folder_and_wrong_parquet(tmp_path):
+def test_no_text_empty_folder_and_wrong_parquet(tmp_path):
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00x")
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        read_prompts(tmp_path / "bytes.txt")
+    (tmp_path / "bytes.txt").unlink()
     with pytest.raises(DataError, match="holds no prompt"):
         read_prompts(tmp_path)
     pq.write_table(pa.table({"words": ["a"]}), tmp_path / "x.parquet")
@@ -130,7 +140,8 @@ def test_what_is_written_is_read(tmp_path_factory, texts):
 
 
 @pytest.mark.parametrize(("path", "count", "kinds", "digest"), [
-    ("parti/PartiPrompts.tsv", 1632, 12, "fab29e41bb512a16"), ("geneval/evaluation_metadata.jsonl", 553, 6, "5c48e0813e812e3c"),
+    ("parti/PartiPrompts.tsv", 1632, 12, "fab29e41bb512a16"),
+    ("geneval/evaluation_metadata.jsonl", 553, 6, "5c48e0813e812e3c"),
     ("t2i_compbench", 2400, 8, None), ("validation.txt", 16, 0, None)])
 def test_shipped_lists_are_whole(path, count, kinds, digest):
     found = read_prompts(SHIPPED / path)
