@@ -132,7 +132,7 @@ class Comparison:
         """What limits the verdict: the number of models compared, a judge that was trained on."""
         found = [self._others()] if len(self.results) > 1 else []
         if self.results and self.held_out is False:
-            found.append(f"The judge ({self.judge}) was trained on: not held out. This shows that training worked, not that "
+            found.append(f"The judge ({self.judge}) was trained on: not held out. A win shows that training worked, not that "
                          "the pictures are better.")
         return found
 
@@ -163,10 +163,10 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
     """models: ``Stage``s, or a mapping of names to diffusers pipelines or callables (prompts, seeds) -> pictures; the first
     name is the base.
 
-    compared: the models that are compared with it, the main one first; None takes all that are in no sweep. strengths: sides
-    of a strength sweep. training: rewards that were optimised, None where not known. facts: added to ``identity``. run_seed:
-    used where ``spec.seed`` is None. show_seeds: seeds per prompt among the tiles. extremes: how many of the largest gains and
-    losses are shown; their pictures are drawn once more.
+    compared: the models that are compared with it, the main one first; None takes the second name, and all others that are in
+    no sweep. strengths: sides of a strength sweep. training: rewards that were optimised, None where not known. facts: added
+    to ``identity``. run_seed: used where ``spec.seed`` is None. show_seeds: seeds per prompt among the tiles. extremes: how
+    many of the largest gains and losses are shown; their pictures are drawn once more.
 
     Each model is drawn on its own and leaves numbers and the pictures that will be shown, so memory grows neither with the
     number of prompts nor of models. Raises ConfigError where the judge can score no picture of the main model, DataError for
@@ -179,7 +179,9 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
     stages = [Stage(names=tuple(models), open=lambda: nullcontext(models))] if isinstance(models, Mapping) else list(models)
     names = [name for stage in stages for name in stage.names]
     strengths = dict(strengths or {})
-    compared = tuple(compared if compared is not None else (name for name in names[1:] if name not in strengths))
+    if compared is None:
+        compared = [*names[1:2], *(name for name in names[2:] if name not in strengths)]
+    compared = tuple(compared)
     rewards = _rewards(spec, training)
     places = [(row, number) for row in _random_rows(len(prompts), spec) for number in range(min(show_seeds, spec.seeds))]
     sides, kept = _drawn(stages, prompts, spec, rewards, places, world, progress)

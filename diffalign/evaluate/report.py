@@ -36,10 +36,11 @@ class Run:
     """The facts of a run that a report and a card tell.
 
     title: headline, such as "Diffusion-DPO, LoRA, on tiny-sdxl". method: its name, None where nothing was trained.
-    base_model: hub id or folder. fuse_lora: file or folder of the LoRA fused into it. sampling: how pictures are drawn (``compare.said``).
-    data: hub id or file. rank: of the LoRA, None for a full fine-tune. pairs: distinct training pairs. steps: optimizer steps. seconds: of training
-    alone, and of everything. heldout: ``preference.before_and_after(...)``. metrics: metrics.jsonl. config: the resolved
-    recipe. command: how to run it again; evaluate_command: the evaluation alone. files: written weights, by name.
+    base_model: hub id or folder. fuse_lora: file or folder of the LoRA fused into it. sampling: how pictures are drawn
+    (``compare.said``). data: hub id or file. rank: of the LoRA, None for a full fine-tune. pairs: distinct training pairs.
+    steps: optimizer steps. seconds: of training alone, and of everything. heldout: ``preference.before_and_after(...)``.
+    metrics: metrics.jsonl. config: the resolved recipe. command: how to run it again; evaluate_command: the evaluation alone.
+    files: written weights, by name.
     """
 
     title: str

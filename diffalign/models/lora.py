@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,8 +66,10 @@ def load(pipe, file: Path, adapter: str = "default_0") -> None:
     """
     check_weights([file], "the trained LoRA")
     try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several, on purpose
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(f"{file}: does not fit this model ({reason}); train it again, or name its own base") from error
     if not any(adapter in names for names in pipe.get_list_adapters().values()):

@@ -10,7 +10,7 @@ from PIL import Image
 from diffalign import _compat  # noqa: F401
 from diffalign.config import load_reward
 from diffalign.errors import ConfigError, DataError
-from diffalign.evaluate import EvaluateSpec, lora_off_and_on, picture_seeds, read_prompts
+from diffalign.evaluate import EvaluateSpec, lora_off_and_on, picture_seeds
 from diffalign.evaluate.compare import compare
 from diffalign.rewards.scenes import SceneChecker, parse
 
@@ -165,29 +165,3 @@ def test_adapters_are_on_again_after_a_failure():
     with pytest.raises(RuntimeError):
         lora_off_and_on(pipe, spec())[0](["a"], [1])
     assert pipe.calls == ["off", "on"]
-
-
-def test_prompt_files(tmp_path):
-    (tmp_path / "a.txt").write_text('\ufeffa red ring\n\n  "quoted" & <b>\n', encoding="utf-8")
-    assert read_prompts(tmp_path / "a.txt").texts == ["a red ring", '"quoted" & <b>']
-    (tmp_path / "b.tsv").write_text('Prompt\tCategory\tNote\na "fox\tAnimals\t\nhens\tAnimals\tx\n')
-    table = read_prompts(tmp_path / "b.tsv")
-    assert (table.texts, table.categories) == (['a "fox', "hens"], ["Animals", "Animals"])
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("gone.txt", None, "cannot read .*gone.txt: No such file"),
-        ("empty.txt", b"\n \n", "holds no prompt"),
-        ("bytes.txt", b"\xff\xfe\x00x", "is not UTF-8 text"),
-        ("t.tsv", b"Text\nx\n", 'line 1 names no column "Prompt"'),
-        ("short.tsv", b"Category\tPrompt\nx\n", "line 2 has no prompt"),
-    ],
-)
-def test_bad_prompt_files_are_one_line(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        read_prompts(tmp_path / name)
-    assert "\n" not in str(caught.value)

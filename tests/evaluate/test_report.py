@@ -7,8 +7,6 @@ import io
 import json
 import math
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -183,7 +181,8 @@ def test_embedded_small_pictures_are_lossless(tmp_path, comparison, run):
     write_report(tmp_path, run, comparison)
     page = Page((tmp_path / "report.html").read_text())
     first = page.all("img")[0]["src"].split(",", 1)[1]
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(first)))), np.asarray(comparison.tiles[0].pictures["base"]))
+    shown = Image.open(io.BytesIO(base64.b64decode(first)))
+    assert np.array_equal(np.asarray(shown), np.asarray(comparison.tiles[0].pictures["base"]))
 
 
 def test_large_pictures_are_reduced(tmp_path, comparison, run):
@@ -345,28 +344,3 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
         with pytest.raises(ResourceError, match="cannot write .*a.txt: No space left on device"):
             write(tmp_path / "a.txt", b"new")
     assert (tmp_path / "a.txt").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
-def test_page_renders_at_phone_width_without_sideways_scrolling(tmp_path, comparison, run):
-    write_report(tmp_path, run, comparison)
-    probe = (
-        "<body style='margin:0'><iframe src='report.html' style='width:390px;height:2000px;border:0' onload=\"let d=this."
-        "contentDocument; d.querySelector('.tile').click(); let e=d.documentElement; document.title = (e.clientWidth > 370) +"
-        "' ' + (e.scrollWidth <= e.clientWidth) + ' ' + d.querySelector('dialog').open\"></iframe></body>"
-    )
-    (tmp_path / "probe.html").write_text(probe)
-    command = [
-        "chromium",
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-web-security",
-        "--allow-file-access-from-files",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=3000",
-        "--dump-dom",
-        f"file://{tmp_path}/probe.html",
-    ]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False).stdout
-    assert "<title>true true true</title>" in dom

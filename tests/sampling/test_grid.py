@@ -7,9 +7,9 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image, ImageColor
+from PIL import ExifTags, Image, ImageColor
 
-from diffalign.sampling.grid import BETTER, grid, save_grid, score_text, show_size
+from diffalign.sampling.grid import BETTER, WEBP_LIMIT, grid, save_grid, score_text, show_size
 
 RED, BLUE = Image.new("RGB", (64, 64), "#ff0000"), Image.new("RGB", (64, 64), "#0000ff")
 GREEN = ImageColor.getrgb(BETTER)
@@ -89,3 +89,27 @@ def test_scores_read_well():
         "-2.650",
         "1.00e-07",
     ]
+
+
+def test_webp_is_lossless_and_carries_the_facts():
+    image, facts = grid({"a": [RED, BLUE], "b": [BLUE, RED]}, ["one", "two"], title="title"), {"prompts": ["é", "<script>"]}
+    files = []
+    for _ in range(2):
+        target = io.BytesIO()
+        save_grid(image, target, facts, "webp")
+        files.append(target.getvalue())
+    assert files[0] == files[1]
+    again = Image.open(io.BytesIO(files[0]))
+    assert again.format == "WEBP" and again.convert("RGB").tobytes() == image.tobytes()
+    assert json.loads(again.getexif()[ExifTags.Base.ImageDescription]) == facts
+    with pytest.raises(ValueError):
+        save_grid(Image.new("RGB", (8, WEBP_LIMIT + 1)), io.BytesIO(), facts, "webp")
+
+
+def test_heads_and_details_are_drawn_and_long_ones_cut():
+    plain = grid({"a": [RED]}, ["p"])
+    head = grid({"a": [RED]}, ["p"], heads={"a": "mean 0.5"})
+    detail = grid({"a": [RED]}, ["p"], details=["seed 7"])
+    assert head.height > plain.height and detail.size == plain.size and detail.tobytes() != plain.tobytes()
+    assert grid({"a": [RED]}, ["p"], heads={"a": "x" * 900}, details=["y" * 900], note="z " * 900).width == plain.width
+    assert count(head, "#ff0000") == count(detail, "#ff0000") == 256 * 256
