@@ -1,4 +1,4 @@
-"""The command line: ``diffalign train|encode|check|evaluate|grid CONFIG [key=value ...]``.
+"""The command line: ``diffalign COMMAND CONFIG [key=value ...]``; a command is a line of ``_COMMANDS``.
 
 User errors print one line and exit with 2; a run stopped by a signal saves and exits with 75; tracebacks are our bugs.
 """
@@ -11,25 +11,53 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from . import __version__
 from .errors import UserError
 
 GRACE = 3.0  # seconds in which a launcher ends the other processes after one has failed
 
-_COMMANDS = {
-    "train": "align the model; run the same command again to resume",
-    "encode": "build the cache of latents and text embeddings, and stop",
-    "check": "look at data and options before the machine gets warm: counts, ties, leakage, derived numbers, sample pairs",
-    "evaluate": "compare base, aligned and other models on the same prompts and seeds: win rates with intervals, report, grid",
-    "grid": "draw the comparison grid only: PNG, WebP and a page to look at it",
-}
+CONFIG = ("CONFIG", "a recipe, such as configs/quickstart.yaml")
+REWARDS = ("REWARDS", "kinds separated by commas, a YAML mapping of names to rewards, or a .yaml file that holds one")
+GALLERY = ("GALLERY", "JSONL table with the columns prompt, model, image, or its folder")
+DATA = ("DATA", "parquet, CSV, JSON or JSONL file, or a folder of pictures or of a build")
 
-_COMPARE = ("evaluate", "grid")  # a recipe for these may be one without training
+
+@dataclass(frozen=True)
+class _Command:
+    """load: a function of ``diffalign.config`` that makes the spec from the positionals and the overrides. The function of the
+    command's own name in ``diffalign.run`` takes the spec.
+    """
+
+    summary: str
+    positionals: tuple[tuple[str, str], ...] = (CONFIG,)
+    load: str = "load_recipe"
+
+
+_COMMANDS = {
+    "train": _Command("align the model; run the same command again to resume"),
+    "encode": _Command("build the cache of latents and text embeddings, and stop"),
+    "check": _Command("look at data and options before the machine gets warm: counts, ties, leakage, derived numbers, sample "
+                      "pairs"),
+    "evaluate": _Command("compare base, aligned and other models on the same prompts and seeds: win rates with intervals, "
+                         "report, grid", load="load_evaluation"),
+    "grid": _Command("draw the comparison grid only: PNG, WebP and a page to look at it", load="load_evaluation"),
+    "build": _Command("make preference data: prompts, samples, rewards, ranked groups or pairs; run it again to resume",
+                      load="load_build"),
+    "rich": _Command("make preference data by critique and edit: a VLM says what is wrong, an editor mends it, a reward "
+                     "decides; run it again to resume", load="load_rich"),
+    "score": _Command("write rewards' scores of a data set or a folder of pictures as columns; run it again to resume",
+                      (REWARDS, DATA), "load_score"),
+    "arena": _Command("serve a page where people rank anonymous pictures of several models; votes become ratings and, with "
+                      "export=FOLDER, preference data", (GALLERY,), "load_arena"),
+}
 
 _EPILOG = """\
 CONFIG is a recipe (YAML); key=value overrides any option by its path, for example
   diffalign train configs/sdxl/dpo_lora.yaml output_dir=runs/mine objective.beta=2000 train.learning_rate=2e-5
+  diffalign build configs/build/tiny.yaml samples=8 select.kind=all_pairs
+  diffalign score scenes,brightness pictures/
 Several GPUs: accelerate launch -m diffalign train CONFIG ...
 Recipes to start from lie in configs/."""
 
@@ -39,10 +67,12 @@ def _parser() -> argparse.ArgumentParser:
                                      epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in _COMMANDS.items():
+    for name, known in _COMMANDS.items():
+        summary = known.summary
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=_EPILOG,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.add_argument("config", metavar="CONFIG", help="a recipe, such as configs/quickstart.yaml")
+        for metavar, meaning in known.positionals:
+            command.add_argument(metavar.lower(), metavar=metavar, help=meaning)
         command.add_argument("overrides", nargs="*", metavar="key=value",
                              help="options by path, such as train.learning_rate=1e-5")
         command.add_argument("--rewards-from", metavar="FILE.py", action="append", default=[],
@@ -70,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _sturdy_output():
         try:
             _quiet_libraries()
-            from . import run  # here, so that --help needs no torch
-            from .config import load_evaluation, load_recipe, rewards_from
+            from . import config, run  # here, so that --help needs no torch
             for file in args.rewards_from:
-                rewards_from(file)
-            load = load_evaluation if args.command in _COMPARE else load_recipe
-            getattr(run, args.command)(load(args.config, args.overrides), printer=print)
+                config.rewards_from(file)
+            command = _COMMANDS[args.command]
+            given = [getattr(args, metavar.lower()) for metavar, _ in command.positionals]
+            getattr(run, args.command)(getattr(config, command.load)(*given, args.overrides), printer=print)
             return 0
         except UserError as error:
             if args.debug:

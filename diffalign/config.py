@@ -23,10 +23,19 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from . import likelihood, objectives, process, rewards
+from .arena.spec import ArenaSpec
+from .building.editor import EDITORS, Editor
+from .building.feedback import CRITICS, INSTRUCTORS, Critic, Instructor
+from .building.filters import EMBEDDERS, FILTERS, QUALITIES, Embedder, Quality
+from .building.rich import RichSpec
+from .building.select import SELECTS, Select
+from .building.spec import BuildSpec, ScoreSpec
+from .building.types import Filter
+from .building.utility import UTILITIES, Utility
 from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
 from .data.spec import DataSpec
 from .errors import ConfigError
-from .evaluate.spec import EvaluateSpec
+from .evaluate.spec import CheckSpec, EvaluateSpec
 from .models.references import REFERENCES, Frozen, Past, Reference
 from .models.spec import ModelSpec
 from .train.spec import TrainSpec
@@ -46,6 +55,7 @@ class Recipe:
     source: SourceSpec = Stored()
     train: TrainSpec = TrainSpec()
     evaluate: EvaluateSpec | None = None
+    check: CheckSpec = CheckSpec()
 
     def __post_init__(self):
         if not self.output_dir.strip():
@@ -85,6 +95,14 @@ _SLOTS = {
     Reference: (REFERENCES, "frozen", None),
     rewards.Reward: (rewards.REWARDS, None, "diffalign.rewards"),
     SourceSpec: (SOURCES, "stored", None),
+    Utility: (UTILITIES, None, None),
+    Select: (SELECTS, "groups", None),
+    Filter: (FILTERS, None, None),
+    Embedder: (EMBEDDERS, "ngrams", None),
+    Quality: (QUALITIES, "rules", None),
+    Critic: (CRITICS, None, None),
+    Instructor: (INSTRUCTORS, None, None),
+    Editor: (EDITORS, None, None),
 }
 
 
@@ -94,17 +112,55 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     ``extends: other.yaml``, relative to the file, starts from that recipe: sections are merged option by option, except that a
     slot whose ``kind`` is given starts afresh.
     """
-    tree = read_tree(Path(path))
+    return build_recipe(_overridden(read_tree(Path(path)), overrides))
+
+
+def load_build(path: str | Path, overrides: typing.Sequence[str] = ()) -> BuildSpec:
+    """A recipe of ``diffalign build``, read as ``load_recipe`` reads one. Raises ConfigError naming the option's path."""
+    return _build(BuildSpec, _overridden(read_tree(Path(path)), overrides), "")
+
+
+def load_rich(path: str | Path, overrides: typing.Sequence[str] = ()) -> RichSpec:
+    """A recipe of rich feedback, read as ``load_recipe`` reads one. Raises ConfigError naming the option's path."""
+    return _build(RichSpec, _overridden(read_tree(Path(path)), overrides), "")
+
+
+def load_score(rewards: str, data: str, overrides: typing.Sequence[str] = ()) -> ScoreSpec:
+    """What ``diffalign score`` is told. rewards: kinds separated by commas, a YAML mapping of names to rewards, or a .yaml
+    file that holds one. data: what to score. Raises ConfigError.
+    """
+    return _build(ScoreSpec, _overridden({"rewards": _named_rewards(rewards), "data": data}, overrides), "")
+
+
+def load_arena(gallery: str, overrides: typing.Sequence[str] = ()) -> ArenaSpec:
+    """What ``diffalign arena`` is told. Raises ConfigError."""
+    return _build(ArenaSpec, _overridden({"gallery": gallery}, overrides), "")
+
+
+def _overridden(tree: dict, overrides: typing.Sequence[str]) -> dict:
     for override in overrides:
         apply_override(tree, override)
-    return build_recipe(tree)
+    return tree
+
+
+def _named_rewards(text: str) -> dict:
+    if text.endswith((".yaml", ".yml")):
+        return read_tree(Path(text))
+    if ":" not in text:
+        kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
+        twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+        if twice:
+            raise ConfigError(f"rewards: '{twice}' is given twice")
+        return {kind: kind for kind in kinds}
+    tree = parse_yaml(text, "rewards")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"rewards: expected kinds separated by commas, or {{name: {{kind: ...}}}}, got {_show(text)}")
+    return {str(tree["kind"]): tree} if "kind" in tree else tree
 
 
 def load_evaluation(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe | Evaluation:
     """As ``load_recipe``; one that says nothing of training is an ``Evaluation``."""
-    tree = read_tree(Path(path))
-    for override in overrides:
-        apply_override(tree, override)
+    tree = _overridden(read_tree(Path(path)), overrides)
     trains = tree.keys() & ({f.name for f in dataclasses.fields(Recipe)} - {f.name for f in dataclasses.fields(Evaluation)})
     return build_recipe(tree) if trains or "evaluate" not in tree else _build(Evaluation, tree, "")
 
@@ -158,7 +214,7 @@ def as_tree(value) -> object:
     return {name: as_tree(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def dump(recipe: Recipe | Evaluation) -> str:
+def dump(recipe: Recipe | Evaluation | BuildSpec) -> str:
     return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)
 
 

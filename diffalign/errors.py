@@ -28,3 +28,7 @@ class CheckpointError(UserError):
 
 class ResourceError(UserError):
     """Memory, disk or a device is missing; the message says how much and which option to change."""
+
+
+class ServiceError(UserError):
+    """A service behind HTTP does not answer, or answers nonsense; the message names its address without secrets."""

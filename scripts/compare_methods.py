@@ -33,10 +33,10 @@ from diffalign.cli import _quiet_libraries
 from diffalign.config import as_tree, load_recipe, read_yaml
 from diffalign.data.columns import Tally, normalised
 from diffalign.data.flips import flip_labels
+from diffalign.data.prompts import read_prompts
 from diffalign.errors import ConfigError, UserError
 from diffalign.evaluate.cost import groups_per_step, passes_per_group
 from diffalign.evaluate.files import write, write_json
-from diffalign.evaluate.prompts import read_prompts
 from diffalign.evaluate.sides import Side, draw_side, pair_margins
 from diffalign.models.load import encoder_facts, load_denoiser, load_encoders, load_pipeline, model_identity
 from diffalign.models.lora import load as load_lora

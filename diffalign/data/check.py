@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,23 +21,28 @@ from .spec import DataSpec
 NAMED = 20  # examples of each finding
 SIZES = 20  # most frequent picture sizes that are listed
 
+Look = Callable[[Row, list[Image.Image], str], None]
+
 
 def check(spec: DataSpec, *, resolution: int, spatial_factor: int = 8, seed: int = 0, sample_path: Path | str | None = None,
-          samples: int = 12) -> dict:
+          samples: int = 12, look: Look | None = None) -> dict:
     """Reads every row and decodes every picture once; loads no model. Bad rows and ties are reported whatever the recipe says
     about them, and ``problems`` says what a training run would refuse or should be warned of.
 
-    sample_path: PNG with some groups, the best picture beside the worst. Returns a plain dict, ready for JSON. Raises
-    DataError when no group is left or the data set cannot be read.
+    sample_path: PNG with some groups, the best picture beside the worst. look: is shown every group with its pictures and the
+    layout's name. Returns a plain dict, ready for JSON. Raises DataError when no group is left or the data set cannot be read.
     """
     options = shapes.buckets(resolution, spatial_factor, spec.aspect_ratio_buckets)
     reading = replace(spec, bad_rows="skip", ties="soft" if spec.ties == "soft" else "drop")
     tally, found = Tally(), _Findings(options, spec, seed, samples)
     for row in read_rows(reading, tally, seed=seed):
         try:
-            found.take(row)
+            pictures = found.take(row)
         except DataError as error:
             tally.skip(str(error))
+            continue
+        if look is not None:
+            look(row, pictures, tally.layout)
     if not found.groups:
         raise nothing_left(reading, tally, "train")
     result = found.result(tally)
@@ -74,8 +80,8 @@ class _Findings:
     identical: list[str] = field(default_factory=list)
     sample: list[tuple[str, Image.Image, Image.Image]] = field(default_factory=list)
 
-    def take(self, row: Row) -> None:
-        """Raises DataError for a picture that cannot be used; nothing of the row is counted then."""
+    def take(self, row: Row) -> list[Image.Image]:
+        """The row's pictures. Raises DataError for one that cannot be used; nothing of the row is counted then."""
         contents = [ref.read() for ref in row.images]
         pictures = [decode(content, ref.where, self.spec.max_pixels)
                     for content, ref in zip(contents, row.images, strict=True)]
@@ -86,6 +92,7 @@ class _Findings:
         self._count(row, sizes, bucket, contents)
         self._compare(row, [hashlib.sha256(content).digest() for content in contents])
         self._keep(row, pictures)
+        return pictures
 
     def _count(self, row: Row, sizes: list[tuple[int, int]], bucket: tuple[int, int], contents: list[bytes]) -> None:
         self.groups += 1
@@ -162,7 +169,16 @@ def _leakage(spec: DataSpec, reading: DataSpec, found: _Findings, seed: int) -> 
 def _shared(found: _Findings, prompts: Iterable[str]) -> dict:
     held_out = {normalised(prompt) for prompt in prompts}
     shared = sorted(held_out & set(found.prompts))
-    return {"prompts": len(held_out), "shared": len(shared), "named": [f"{found.prompts[p]}: {p}" for p in shared[:NAMED]]}
+    # the same words in another order may mean something else: worth a look, but no problem by itself
+    trained = {words(prompt): prompt for prompt in sorted(found.prompts)}
+    near = [(prompt, trained[words(prompt)]) for prompt in sorted(held_out - set(shared)) if words(prompt) in trained]
+    return {"prompts": len(held_out), "shared": len(shared), "named": [f"{found.prompts[p]}: {p}" for p in shared[:NAMED]],
+            "near": len(near), "near_named": [f"{found.prompts[own]}: {own} ~ {held}" for held, own in near[:NAMED]]}
+
+
+def words(prompt: str) -> frozenset[str]:
+    """The distinct words of a prompt, without case, order or punctuation."""
+    return frozenset(re.findall(r"\w+", normalised(prompt)))
 
 
 def _lines(path: Path) -> list[str]:

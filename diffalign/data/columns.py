@@ -33,6 +33,10 @@ from .images import MAX_BYTES
 from .spec import DataSpec
 
 PROMPTS = ("prompt", "caption", "text")
+MODELS = {"pickapic": ("model_0", "model_1"), "pickapic_scored": ("model_0", "model_1"),
+          "chosen_rejected": ("chosen_model", "rejected_model"), "unpaired": ("model",)}
+PICTURES = (("jpg_0", "jpg_1"), ("chosen", "rejected"), ("images",), ("image",))
+SCORED = ".scored.jsonl"  # the ending of what `diffalign score` writes beside a table, which stays the table
 NAMED = 1000  # bad rows kept by name; beyond it they are only counted
 
 
@@ -59,7 +63,8 @@ class ImageRef:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One group. id: the row's number in its data set, whatever was dropped before it. utility: one float32-exact number per
-    image, higher is better. soft: probability that the best is truly preferred, or None for a hard label."""
+    image, higher is better. soft: probability that the best is truly preferred, or None for a hard label. models: what drew
+    each picture, where a column says so; else empty."""
 
     id: int
     prompt: str
@@ -67,10 +72,27 @@ class Row:
     utility: tuple[float, ...]
     soft: float | None
     where: str
+    models: tuple[str | None, ...] = ()
 
     @property
     def tie(self) -> bool:
         return len(self.utility) > 1 and min(self.utility) == max(self.utility)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pictures:
+    """A row's pictures without a look at its labels. id: the row's number. single: it has one picture in a column of its own.
+
+    prompt: None where there is none. record: the row as it was read. columns: by the names of the layouts.
+    """
+
+    id: int
+    prompt: str | None
+    images: tuple[ImageRef, ...]
+    single: bool
+    record: dict
+    columns: dict
+    where: str
 
 
 @dataclass
@@ -116,6 +138,32 @@ def detect_layout(spec: DataSpec) -> str:
         if not isinstance(record, DataError):
             return _layout(spec, _canonical(record), record, "train")
     return spec.layout
+
+
+def read_pictures(spec: DataSpec) -> Iterator[Pictures]:
+    """Every row of any layout that has pictures, labelled or not, in file order. Raises DataError naming the row."""
+    for number, where, root, record in _records(spec, "train"):
+        if isinstance(record, DataError):
+            raise record
+        columns = _canonical(record)
+        names = next((names for names in PICTURES if all(name in columns for name in names)), None)
+        if names is None:
+            needed = ", or ".join(" and ".join(names) for names in PICTURES)
+            raise DataError(f"{where}: has no pictures. Its columns: {', '.join(columns)[:200]}. Needed: {needed}")
+        try:
+            named = ([("images", value) for value in _list(columns, "images")] if names == ("images",)
+                     else [(name, _get(columns, name)) for name in names])
+            images = tuple(_image(value, name, root, where) for name, value in named)
+            prompt = _prompt(columns) if any(columns.get(name) is not None for name in PROMPTS) else None
+        except _Field as error:
+            raise DataError(f"{where}: {error.args[0]}: {error.args[1]}") from None
+        yield Pictures(id=number, prompt=prompt, images=images, single=names == ("image",), record=record, columns=columns,
+                       where=where)
+
+
+def table_of(spec: DataSpec) -> Path | None:
+    """The one local file that a data set is read from; None for what ``datasets`` resolves."""
+    return _table(Path(spec.path), spec.split)
 
 
 def refuse_or_skip(spec: DataSpec, tally: Tally, error: DataError) -> None:
@@ -206,7 +254,17 @@ def _row(number: int, where: str, root: Path | None, columns: dict, layout: str)
     except _Field as error:
         raise DataError(f"{where}: {error.args[0]}: {error.args[1]}") from None
     tied = len(utility) > 1 and min(utility) == max(utility)
-    return Row(id=number, prompt=prompt, images=tuple(images), utility=utility, soft=0.5 if tied else soft, where=where)
+    return Row(id=number, prompt=prompt, images=tuple(images), utility=utility, soft=0.5 if tied else soft, where=where,
+               models=_models(columns, layout, len(images)))
+
+
+def _models(columns: dict, layout: str, count: int) -> tuple[str | None, ...]:
+    """What drew the pictures, for what is said of the data alone: a column of another form is no reason to refuse a row."""
+    names = MODELS.get(layout, ())
+    found = columns.get("models") if layout == "scored" else [columns.get(name) for name in names]
+    if not isinstance(found, (list, tuple)) or len(found) != count or not any(found):
+        return ()
+    return tuple(found) if all(one is None or isinstance(one, str) for one in found) else ()
 
 
 def _float32(values: Iterable[float]) -> tuple[float, ...]:
@@ -415,7 +473,7 @@ def _table(path: Path, split: str) -> Path | None:
         for folder in (path / split, path):
             if (folder / "metadata.jsonl").is_file():
                 return folder / "metadata.jsonl"
-        found = [p for p in sorted(path.iterdir()) if p.suffix in (".jsonl", ".ndjson")]
+        found = [p for p in sorted(path.iterdir()) if p.suffix in (".jsonl", ".ndjson") and not p.name.endswith(SCORED)]
         named = [p for p in found if p.stem == split] or (found if len(found) == 1 else [])
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({_reason(error)})") from None

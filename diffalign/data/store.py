@@ -42,8 +42,11 @@ def publish(table: pa.Table, folder: Path, prefix: str = "") -> Path:
     return path
 
 
-def write_aside(path: Path, content) -> None:
-    """Temporary name, fsync, rename, fsync of the folder: under its final name a file is whole or absent."""
+def write_aside(path: Path, content, what: str = "the cache", where_else: str = "set data.cache_dir to another disk") -> None:
+    """Temporary name, fsync, rename, fsync of the folder: under its final name a file is whole or absent.
+
+    Raises ResourceError; what, where_else: how it calls what could not be written, and the other way out.
+    """
     aside = path.parent / f".tmp-{uuid.uuid4().hex}"
     try:
         with aside.open("wb") as file:
@@ -59,8 +62,8 @@ def write_aside(path: Path, content) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise ResourceError(f"{path.parent}: cannot write the cache ({error.strerror}); free some space "
-                            "or set data.cache_dir to another disk") from None
+        raise ResourceError(f"{path.parent}: cannot write {what} ({error.strerror}); free some space "
+                            f"or {where_else}") from None
 
 
 def intact(path: Path, full: bool = True) -> bool:

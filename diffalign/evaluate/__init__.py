@@ -8,10 +8,12 @@ from importlib import import_module as _import
 
 _PUBLIC = {
     "EvaluateSpec": "spec", "Entrant": "spec",
-    "read_prompts": "prompts", "Prompts": "prompts",
+    "read_prompts": ".data.prompts", "Prompts": ".data.prompts",
     "lora_off_and_on": "compare", "picture_seeds": "compare", "Comparison": "compare", "Stage": "compare", "Tile": "compare",
     "Side": "sides", "draw_side": "sides",
     "paired": "statistics", "Paired": "statistics", "wilson": "statistics", "holm": "statistics", "Sweep": "statistics",
+    "Vote": "ratings", "compare_votes": "ratings", "compare_scores": "ratings", "bradley_terry": "ratings",
+    "win_fractions": "ratings", "KSort": "ratings", "matchmake": "ratings",
     "heldout_preference": "preference", "HeldoutPreference": "preference", "before_and_after": "preference",
     "Run": "report", "write_report": "report", "write_grids": "report",
     "write_card": "card",

@@ -5,29 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ResourceError
-
-HIDDEN = "***"
-_SECRET_NAME = re.compile(
-    r"(^|_)(token|secret|password|passwd|api_?key|access_?key|authorization|credentials?)$", re.IGNORECASE)
-_SECRET_TEXT = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
-    r"|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}")
-_SECRET_PART = re.compile(
-    r"(://)[^/\s:@]+:[^/\s@]+(?=@)|(\bBearer\s+)[\w.~+/=-]{8,}"
-    r"|(\b(?:[\w.-]*_)?(?:token|secret|password|passwd|api_?key|access_?key)\s*[=:]\s*)[^\s&\"',}]+", re.IGNORECASE)
+from ..redact import HIDDEN, SECRET_NAME, redact
 
 
 def clean(tree: Any) -> Any:
     """A JSON-ready copy: numpy and paths become plain, non-finite numbers None, and anything like a secret "***"."""
     if isinstance(tree, dict):
-        return {str(key): HIDDEN if _SECRET_NAME.search(str(key)) and isinstance(value, str) else clean(value)
+        return {str(key): HIDDEN if SECRET_NAME.search(str(key)) and isinstance(value, str) else clean(value)
                 for key, value in tree.items()}
     if isinstance(tree, (list, tuple, set, frozenset)):
         return [clean(item) for item in tree]
@@ -38,12 +28,6 @@ def clean(tree: Any) -> Any:
     if isinstance(tree, float):
         return tree if math.isfinite(tree) else None
     return tree if tree is None or isinstance(tree, (bool, int)) else redact(str(tree))
-
-
-def redact(text: str) -> str:
-    """The text with access tokens, passwords in addresses and ``token=...`` hidden."""
-    text = _SECRET_TEXT.sub(HIDDEN, text)
-    return _SECRET_PART.sub(lambda m: next(group for group in m.groups() if group) + HIDDEN, text)
 
 
 def write_json(path: Path, tree: dict) -> None:

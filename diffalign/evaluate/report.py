@@ -159,7 +159,7 @@ def _picture_grid(comparison: Comparison, labels: dict[str, str], title: str, no
 
 def page(report: dict, run: Run, comparison: Comparison | None) -> str:
     """The HTML page, complete in itself: no network, no fonts, no libraries."""
-    return _render(
+    return render(
         "report.html.j2", report=report, run=run, comparison=comparison,
         curves=drawings(read_metrics(run.metrics)) if run.metrics else [],
         config=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True) if report["config"] else "",
@@ -170,11 +170,11 @@ def page(report: dict, run: Run, comparison: Comparison | None) -> str:
 
 def grid_page(title: str, comparison: Comparison) -> str:
     """The grid as a page of the same kind: enlarge, swap, walk through prompts and models by keys."""
-    return _render("grid.html.j2", title=title, comparison=comparison, note=_note(comparison),
+    return render("grid.html.j2", title=title, comparison=comparison, note=_note(comparison),
                    strengths=clean(_strengths(comparison)), strength_labels=_strength_labels(comparison))
 
 
-def _render(template: str, **values) -> str:
+def render(template: str, **values) -> str:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "score": _score, "duration": _duration, "picture": _data_uri,

@@ -86,3 +86,19 @@ class EvaluateSpec:
             raise ValueError(f"models has one called {taken!r}: choose another name")
         if len(set(self.strengths)) < len(self.strengths) or not all(0 <= s <= STRONGEST for s in self.strengths):
             raise ValueError(f"strengths must differ and lie in 0..{STRONGEST:g}, got {list(self.strengths)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckSpec:
+    """What a recipe says about ``diffalign check``.
+
+    reward: scores the best and the worst of each group, to be compared with the labels; null scores nothing, and the command
+    loads no weights. examples: pairs of each kind (widest gap, narrowest, disagreements, random) on check.html.
+    """
+
+    reward: Reward | None = None
+    examples: int = 6
+
+    def __post_init__(self):
+        if not 0 <= self.examples <= 1000:
+            raise ValueError(f"examples must lie in 0..1000, got {self.examples}")

@@ -159,7 +159,7 @@ def bootstrap(rows: np.ndarray, *, seed: int, resamples: int) -> list[tuple[floa
     A row of one value has an interval without width: the caller must know what its spread could have been.
     """
     means = _resampled(rows, seed, resamples)
-    tail = _expanded_tail(rows.shape[1])
+    tail = expanded_tail(rows.shape[1])
     return [(float(low), float(high)) for low, high in np.quantile(means, [tail, 1 - tail], axis=0).T]
 
 
@@ -175,7 +175,7 @@ def _resampled(rows: np.ndarray, seed: int, resamples: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _expanded_tail(count: int) -> float:
+def expanded_tail(count: int) -> float:
     """Share of the resampled means left out at each end: 2.5 % for many prompts, less for few."""
     if count < 2:
         return 0.0

@@ -2,7 +2,14 @@
 "diffalign.rewards" of its package, or from a file that the command line names with --rewards-from.
 """
 
+from .aesthetic import Aesthetic
 from .base import Reward, check, columns_of, identity, judged
+from .clip import ClipScore, HPSv2, PickScore
+from .hpsv3 import HPSv3
+from .image_reward import ImageReward
+from .mps import MPS
+from .ocr import TextRendering
+from .remote import RemoteReward, VLMJudge
 from .rules import Brightness, Colourfulness, Compressibility
 from .scenes import SceneChecker
 
@@ -11,6 +18,16 @@ REWARDS = {
     "brightness": Brightness,
     "colourfulness": Colourfulness,
     "compressibility": Compressibility,
+    "clip": ClipScore,
+    "pickscore": PickScore,
+    "hpsv2": HPSv2,
+    "aesthetic": Aesthetic,
+    "mps": MPS,
+    "hpsv3": HPSv3,
+    "image_reward": ImageReward,
+    "ocr": TextRendering,
+    "remote": RemoteReward,
+    "vlm": VLMJudge,
 }
 
 __all__ = ["REWARDS", "Reward", "check", "columns_of", "identity", "judged"]

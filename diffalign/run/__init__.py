@@ -1,8 +1,12 @@
 """A recipe in, files out: what the command line does, one file a command. Each returns what it found as a plain dict."""
 
+from .arena import arena
+from .build import build
 from .evaluate import evaluate, grid
 from .prepare import check, encode
+from .rich import rich
+from .score import score
 from .train import train
 from .words import LORA_FILE
 
-__all__ = ["LORA_FILE", "check", "encode", "evaluate", "grid", "train"]
+__all__ = ["LORA_FILE", "arena", "build", "check", "encode", "evaluate", "grid", "rich", "score", "train"]

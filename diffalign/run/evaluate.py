@@ -11,12 +11,12 @@ from pathlib import Path
 
 from .. import rng
 from ..config import Evaluation, Recipe, as_tree, dump, load_reward
+from ..data.prompts import read_prompts
 from ..data.sources import Online
 from ..errors import ConfigError, UserError
 from ..evaluate.card import write_card
 from ..evaluate.compare import Comparison, compare
 from ..evaluate.files import write
-from ..evaluate.prompts import read_prompts
 from ..evaluate.report import Run, write_grids, write_report
 from ..models.load import model_identity
 from ..rewards import Reward

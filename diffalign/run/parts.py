@@ -10,9 +10,9 @@ import torch
 
 from .. import data
 from ..config import Evaluation, Recipe, check_layout
+from ..data.prompts import read_prompts
 from ..data.sources import Online, Sampled, Stored
 from ..errors import ConfigError
-from ..evaluate.prompts import read_prompts
 from ..likelihood import Transitions
 from ..methods import Context, Preference, Probe
 from ..models.base import Denoiser, enable_gradient_checkpointing

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from ..config import Recipe
 from ..data.check import check as look_at
-from ..evaluate.files import write_json
+from ..evaluate.check_page import page
+from ..evaluate.files import clean, write, write_json
+from ..evaluate.labels import Examples, Labels
 from ..models.load import encoder_facts
+from ..rewards import check as check_reward
 from ..train import make_accelerator
 from ..train.checkpoint import check_writable
 from . import parts
@@ -22,13 +25,20 @@ def encode(recipe: Recipe, printer: Printer = silent) -> dict:
 
 
 def check(recipe: Recipe, printer: Printer = silent) -> dict:
-    """Counts, ties, duplicates, leakage, sizes and derived numbers; draws sample pairs. Loads no weights."""
+    """Counts, ties, duplicates, balance, leakage, sizes, derived numbers, and where ``check.reward`` says so agreement with a
+    reward: check.json, check.html with pairs to look at, check.png. Without that reward it loads no weights.
+    """
     facts, output_dir = encoder_facts(recipe.model), Path(recipe.output_dir)
     parts.check_before(recipe)
+    if recipe.check.reward is not None:
+        check_reward(recipe.check.reward)
     check_writable(output_dir)
     resolution = recipe.data.resolution or facts.default_resolution
+    labels = Labels(recipe.check.reward, Examples(recipe.check.examples, recipe.seed))
     found = look_at(recipe.data, resolution=resolution, spatial_factor=facts.spatial_factor, seed=recipe.seed,
-                    sample_path=output_dir / "check.png")
+                    sample_path=output_dir / "check.png", look=labels.take)
+    found |= labels.result()
+    found["problems"] += labels.problems
     for name, value in found.items():
         if name != "problems":
             printer(f"{name:24} {_brief(value)}")
@@ -42,7 +52,9 @@ def check(recipe: Recipe, printer: Printer = silent) -> dict:
         printer(line)
     for problem in found["problems"]:
         printer(f"problem: {problem}")
-    write_json(output_dir / "check.json", found)
+    write_json(output_dir / "check.json", clean(found))
+    write(output_dir / "check.html", page(recipe.data.path, found, labels.examples.kinds()).encode())
+    printer(f"pairs to look at: {output_dir / 'check.html'}")
     return found
 
 

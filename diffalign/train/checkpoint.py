@@ -48,7 +48,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def check_writable(output_dir: Path) -> None:
+def check_writable(output_dir: Path, option: str = "output_dir") -> None:
     """Create the folder and try a file in it; CheckpointError in one line, before anything is trained."""
     probe = output_dir / f".writable-{os.getpid()}"
     try:
@@ -56,7 +56,7 @@ def check_writable(output_dir: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise CheckpointError(f"output_dir: cannot write in {output_dir} ({error.strerror or error}); choose a folder that "
+        raise CheckpointError(f"{option}: cannot write in {output_dir} ({error.strerror or error}); choose a folder that "
                               "you may write in") from error
 
 
@@ -68,7 +68,7 @@ def claim(output_dir: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise CheckpointError(f"output_dir: another run is training in {output_dir} now; wait for it, or choose another "
+        raise CheckpointError(f"output_dir: another run is at work in {output_dir} now; wait for it, or choose another "
                               "output_dir") from None
     except OSError:
         pass  # a file system without locks

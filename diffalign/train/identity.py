@@ -6,8 +6,9 @@ import json
 
 from ..errors import CheckpointError
 
-HARMLESS = ("output_dir", "evaluate", "train.logging_steps", "train.checkpointing_steps", "train.checkpoints_total_limit",
-            "train.resume", "train.report_to", "train.validation_steps", "train.dataloader_num_workers", "train.allow_change")
+HARMLESS = ("output_dir", "evaluate", "check", "train.logging_steps", "train.checkpointing_steps",
+            "train.checkpoints_total_limit", "train.resume", "train.report_to", "train.validation_steps",
+            "train.dataloader_num_workers", "train.allow_change")
 SPLIT = ("train.train_batch_size", "train.gradient_accumulation_steps")  # free while their product with the world is the same
 UNBOUNDED = ("constant", "constant_with_warmup")  # schedules that do not know how long the run is
 

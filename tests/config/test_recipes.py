@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.config import load_recipe
+from diffalign.config import load_build, load_recipe
 from diffalign.evaluate.cost import groups_per_step
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+BUILDS = sorted((ROOT / "configs" / "build").glob("*.yaml"))
+RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*BUILDS})
 
 
 def test_the_promised_recipes_are_there():
@@ -40,3 +41,13 @@ def test_recipe(path):
     name = recipe.model.pretrained_model_name_or_path
     if not (ROOT / name).exists():
         assert re.fullmatch(r"[0-9a-f]{40}", recipe.model.revision or ""), "a hub id is pinned to a commit"
+
+
+@pytest.mark.parametrize("path", BUILDS, ids=lambda p: p.name)
+def test_build_recipe(path):
+    spec, text = load_build(path), path.read_text()
+    assert text.startswith(f"# diffalign build {path.relative_to(ROOT)}") and len(text.splitlines()) <= 45
+    assert (ROOT / spec.prompts).is_file()
+    for model in spec.models.values():
+        name = model.pretrained_model_name_or_path
+        assert (ROOT / name).exists() or re.fullmatch(r"[0-9a-f]{40}", model.revision or ""), "a hub id is pinned to a commit"

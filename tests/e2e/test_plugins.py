@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from diffalign import run
 from diffalign.cli import main
-from diffalign.config import as_tree, build_recipe, dump, load_recipe
+from diffalign.config import as_tree, build_recipe, dump, load_recipe, load_reward
 from diffalign.errors import ConfigError
 from diffalign.objectives import Logistic, Pairwise, needs_scores, title_of
+from diffalign.rewards import judged
 
 PACKAGE = Path(__file__).parents[1] / "example_package"
 RECIPE = {"output_dir": "runs/x", "model": {"pretrained_model_name_or_path": "assets/tiny-sdxl", "lora": {"rank": 4}},
@@ -71,8 +72,35 @@ def build(objective, **sections):
     return build_recipe({**RECIPE, **sections, "objective": objective})
 
 
-def test_the_example_declares_all_three_groups():
-    assert set(declared()) == {"diffalign.links", "diffalign.objectives", "diffalign.labels"}
+def test_the_example_declares_all_groups():
+    assert set(declared()) == {"diffalign.links", "diffalign.objectives", "diffalign.labels", "diffalign.rewards"}
+
+
+def test_its_rewards_score_pictures_by_hand(example):
+    """A black half beside a white half: its mirror image differs by 1 everywhere, its mean colour is 1/2 in every channel."""
+    halves = torch.cat([torch.zeros(3, 8, 4), torch.ones(3, 8, 4)], dim=2)
+    flat = torch.full((3, 8, 8), 0.5)
+    one, other = (load_reward({"kind": "symmetry", "axis": axis}) for axis in "xy")
+    assert judged(one, [halves, flat], ["", ""]).tolist() == [-1, 0] and judged(other, [halves], [""]).tolist() == [0]
+    # inside, two of six columns see an edge, +1 and -1: variance 2/6
+    assert judged(load_reward("sharpness"), [halves, flat], ["", ""]).tolist() == pytest.approx([1 / 3, 0])
+    scores = judged(load_reward("house"), [halves, halves], ["", ""], {"house_colour": [[127.5, 127.5, 127.5], None]})
+    assert scores[0] == 0 and scores[1].isnan()
+    image = torch.rand(3, 8, 8, requires_grad=True)
+    for reward in (one, load_reward("sharpness")):
+        assert reward.differentiable and torch.autograd.grad(reward([image], [""])[0], image)[0].abs().sum() > 0
+    with pytest.raises(ConfigError, match="reward.axis: must be x or y"):
+        load_reward({"kind": "symmetry", "axis": "z"})
+
+
+def test_a_recipe_names_its_rewards(example, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**RECIPE, "objective": {"kind": "dpo", "beta": 2000},
+                                    "source": {"kind": "online", "reward": {"kind": "symmetry", "axis": "y"}},
+                                    "evaluate": {"prompts": "prompts.txt", "judge": "sharpness"}}))
+    recipe = load_recipe(file)
+    assert recipe.source.reward.axis == "y" and recipe.evaluate.judge.name == "sharpness"
+    assert build_recipe(as_tree(recipe)) == recipe
 
 
 def test_a_recipe_names_them_and_a_written_tree_reads_back(example, tmp_path):

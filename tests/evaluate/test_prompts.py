@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffalign.data.prompts import read_prompts
 from diffalign.errors import DataError
-from diffalign.evaluate.prompts import read_prompts
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "prompts"
 

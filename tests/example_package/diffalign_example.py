@@ -1,4 +1,4 @@
-"""A link, an objective and a label that diffalign does not have. Its recipes know them by the names in pyproject.toml."""
+"""A link, an objective, a label and three rewards of a third party; recipes know them by the names in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffalign.objectives import BestWorst, Label, Link, Logistic, Pairs
+from diffalign.rewards.base import pixels, score_each
 from diffalign.types import Batch, Estimate, Loss, Memory
 
 
@@ -58,3 +59,58 @@ class ClearPairs:
         gap = batch.utility[b, w] - batch.utility[b, l]
         one = torch.ones_like(gap)
         return Label(p=one, weight=(gap >= self.least).to(gap.dtype), scale=one, offset=torch.zeros_like(gap))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharpness:
+    """Variance of the luma's Laplacian, on a 0..1 scale: flat 0, more edges more."""
+
+    name = "sharpness"
+    differentiable = True
+
+    def __call__(self, images, prompts) -> Tensor:
+        return score_each(self._one, images, prompts)
+
+    def _one(self, image) -> Tensor:
+        luma = pixels(image).mean(0)[None, None]
+        kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+        return F.conv2d(luma, kernel).var(correction=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symmetry:
+    """Minus the mean absolute difference between a picture and its mirror image: 0 is symmetric. axis: "x" or "y"."""
+
+    axis: str = "x"
+    name = "symmetry"
+    differentiable = True
+
+    def __post_init__(self):
+        if self.axis not in ("x", "y"):
+            raise ValueError(f"axis must be x or y, got {self.axis!r}")
+
+    def __call__(self, images, prompts) -> Tensor:
+        return score_each(self._one, images, prompts)
+
+    def _one(self, image) -> Tensor:
+        picture = pixels(image)
+        return -(picture - picture.flip(2 if self.axis == "x" else 1)).abs().mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class House:
+    """Minus the distance of the mean colour from the one in the row's column ``house_colour``, [r, g, b] of 0 to 255; NaN
+    where a row names none.
+    """
+
+    name = "house"
+    differentiable = False
+    columns = ("house_colour",)
+
+    def __call__(self, images, prompts, house_colour) -> Tensor:
+        return score_each(self._one, list(zip(images, house_colour, strict=True)), prompts)
+
+    def _one(self, row) -> Tensor:
+        image, colour = row
+        wanted = torch.tensor(colour or [torch.nan] * 3).float() / 255
+        return -(pixels(image).mean((1, 2)) - wanted).norm()

@@ -1,0 +1,64 @@
+"""``diffalign score``: rewards' scores of a data set or a folder of pictures, as columns."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+
+from ..building import score as scoring
+from ..building.journal import Journal
+from ..building.recall import begin
+from ..building.score import Source
+from ..building.spec import ScoreSpec
+from ..evaluate.files import clean, write_json
+from ..rewards import check as check_reward
+from ..train import make_accelerator, world_of
+from ..train.checkpoint import check_writable
+from ..train.spec import TrainSpec
+from .build import claimed, identities, versions
+from .words import Printer, silent
+
+
+def score(spec: ScoreSpec, printer: Printer = silent) -> dict:
+    """Score what has no score yet, then write the data with a column score_<reward> each, and a .json of the facts beside it.
+
+    A killed run goes on where it was. Returns the facts. Raises UserError children.
+    """
+    started, source = time.monotonic(), Source(spec)
+    for reward in spec.rewards.values():
+        check_reward(reward)
+    scoring.check(source, spec.rewards)
+    output = source.output
+    work, facts_file = output.with_name(f"{output.name}.work"), output.with_name(f"{output.name}.json")
+    check_writable(output.parent, "output")
+    accelerator = make_accelerator(TrainSpec(mixed_precision="no", cpu=spec.cpu), output.parent)
+    world, main = world_of(accelerator), accelerator.is_main_process
+    say = printer if main else silent
+    check_writable(work, "output")
+    with claimed(work) if main else nullcontext():
+        if main:
+            data, rewards = source.identity(), identities(spec.rewards)
+            begin(work, data, rewards, spec.overwrite, [output, facts_file])
+        world.barrier()
+        journal = Journal(work / "scores", world.rank)
+        scoring.score(source, spec.rewards, journal, rank=world.rank, world=world.size, progress=main, say=say)
+        world.barrier()
+        if not main:
+            return {}
+        made = scoring.write(source, list(spec.rewards), scoring.known(journal))
+        facts = clean({**made, "output": str(output), "data": data, "identities": rewards, "versions": versions()})
+        write_json(facts_file, facts)
+    for line in _said(made):
+        say(line)
+    say(f"done: {output} ({made['rows']} rows, {time.monotonic() - started:.0f} s)")
+    return facts
+
+
+def _said(made: dict) -> list[str]:
+    bare = made["without_prompt"]
+    lines = [f"{bare} rows have no prompt, and were scored with an empty one"] if bare else []
+    for name, found in made["rewards"].items():
+        lost = f", {found['not_scored']} not scored" if found["not_scored"] else ""
+        lines.append(f"{name}: mean {found['mean']:.4g}, {found['least']:.4g} to {found['greatest']:.4g}{lost}"
+                     if found["scored"] else f"{name}: could score none of {found['not_scored']} pictures")
+    return lines
