@@ -111,12 +111,13 @@ def test_further_rewards_are_reported_not_judged(found, tmp_path):
 
 def test_alarms_are_told(found, tmp_path):
     from dataclasses import replace
-    said = {"flagged": True, "reasons": ["brightness left the base's band"], "statistics": [
-        {"name": "brightness", "base": 0.4, "aligned": 0.8, "low": 0.3, "high": 0.5, "flagged": True}]}
+    said = {"fired": True, "reasons": ["brightness left the base's band"], "notes": ["few prompts"], "statistics": [
+        {"name": "brightness", "base": 0.4, "aligned": 0.8, "band_low": 0.3, "band_high": 0.5, "left": True}]}
     report = write_report(tmp_path, Run(title="t", base_model="b"), replace(found, alarms={"aligned": said}))
     assert report["alarm"] == said == report["models"]["aligned"]["alarm"] and report["models"]["broken"]["alarm"] is None
     page = (tmp_path / "report.html").read_text()
     assert "Is the reward being hacked?" in page and "brightness left the base&#39;s band" in page and "0.800 · out" in page
+    assert "few prompts" in page
 
 
 @dataclass(frozen=True, kw_only=True)
