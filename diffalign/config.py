@@ -26,6 +26,7 @@ from . import likelihood, objectives, process, rewards
 from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
 from .data.spec import DataSpec
 from .errors import ConfigError
+from .evaluate.monitor import MonitorSpec
 from .evaluate.spec import EvaluateSpec
 from .models.references import REFERENCES, Frozen, Past, Reference
 from .models.spec import ModelSpec
@@ -46,6 +47,7 @@ class Recipe:
     source: SourceSpec = Stored()
     train: TrainSpec = TrainSpec()
     evaluate: EvaluateSpec | None = None
+    monitor: MonitorSpec | None = None
 
     def __post_init__(self):
         if not self.output_dir.strip():
