@@ -11,8 +11,9 @@ colour has more variety inside a prompt. So a significant change is never enough
 deviations of the base's pictures. How large depends on the held-out judge: less is allowed where it doesn't rise with the
 training reward, that is where the gap between the two opens. ``docs/alarm.md`` has the figures behind the limits.
 
-Intervals are Student's over prompts, the unit of everything here. Those of the statistics and of diversity hold together: with
-m of them each has the level 1 - 0.05 / m (Bonferroni), so that in 95 of 100 comparisons of two equal models none misleads.
+Intervals are Student's over prompts, the unit of everything here. The tests of the statistics, of diversity and of the judge's
+fall hold together: each of m has the level 1 - 0.05 / m (Bonferroni), so that none misleads in 95 of 100 comparisons of two
+equal models. What only opens the gate, a rise of the training reward or of the judge, has 95 % by itself.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Limits:
 
     shift: standard deviations of the base's pictures by which a statistic's mean may move. diversity: the share of the base's
     diversity inside a prompt that must be left. doubted_shift, doubted_diversity: the same where a held-out judge gives
-    reason to doubt (see ``Alarm``). fall: standard deviations of the base's scores that the judge may fall. level: of the
-    interval of each score, and of the intervals of the statistics and of diversity together.
+    reason to doubt (see ``Alarm``). fall: standard deviations of the base's scores that the judge may fall. level: of all
+    tests together.
     """
 
     shift: float = 1.0
@@ -169,7 +170,7 @@ def alarm(looks: np.ndarray, *, training: np.ndarray | None = None, judge: np.nd
 
     training, judge: scores [2, P, S]; judge is one that was not trained on. diversity: [2, P] of ``looks.spread``. names: of
     the statistics, those of ``LOOKS`` if None. NaN is left out, pair by pair. Without a training reward its rise is taken for
-    granted: something was optimised.
+    granted, something was optimised; a judge that falls is then a worse model, but no reason by itself.
     """
     limits, names = limits or Limits(), list(LOOKS) if names is None else list(names)
     if looks.ndim != 4 or looks.shape[:2] != (2, len(names)):
@@ -178,7 +179,7 @@ def alarm(looks: np.ndarray, *, training: np.ndarray | None = None, judge: np.nd
                                 ("diversity", diversity, (2, looks.shape[2]))):
         if values is not None and values.shape != shape:
             raise ValueError(f"{name} must be {list(shape)} beside these statistics, got {values.shape}")
-    level = 1 - (1 - limits.level) / (len(names) + (diversity is not None))
+    level = 1 - (1 - limits.level) / (len(names) + (diversity is not None) + (judge is not None))
     rise, held, gap = _change(training, limits.level), _change(judge, limits.level), _gap(training, judge, limits.level)
     doubted = _doubted(held, gap)
     shift, share = (limits.doubted_shift, limits.doubted_diversity) if doubted else (limits.shift, limits.diversity)
@@ -186,7 +187,8 @@ def alarm(looks: np.ndarray, *, training: np.ndarray | None = None, judge: np.nd
     variety, prompts = _diversity(diversity, share, level), _prompts(looks)
     reasons = []
     if prompts >= FEWEST and (rise is None or rise.rose):
-        reasons = _reasons(table, variety, rise, held, limits)
+        fallen = rise is not None and _is_below(_change(judge, level), limits.fall)
+        reasons = _reasons(table, variety, rise, held, fallen)
     return Alarm(fired=bool(reasons), reasons=reasons, prompts=prompts, statistics=table, diversity=variety, training=rise,
                  judge=held, gap=gap, doubted=doubted, notes=_notes(prompts, rise, held, variety))
 
@@ -197,6 +199,10 @@ def _doubted(held: Change | None, gap: Change | None) -> bool:
     if held is None:
         return False
     return held.fell if gap is None else gap.rose and not held.rose
+
+
+def _is_below(held: Change | None, fall: float) -> bool:
+    return held is not None and held.fell and held.shift < -fall
 
 
 # --- measuring ---
@@ -239,7 +245,10 @@ def _change(scores: np.ndarray | None, level: float) -> Change | None:
 
 def _deviation(pictures: np.ndarray, moved: np.ndarray) -> float:
     """Of the base's scores; where all are the same (a checker that is never content), of what was gained; 1 without either."""
-    return float(pictures.std()) or float(moved.std()) or 1.0
+    for values in (pictures, moved):
+        if (deviation := float(values.std())) > 1e-6 * max(1e-6, float(abs(values).max())):  # more than rounding
+            return deviation
+    return 1.0
 
 
 def _statistic(name: str, values: np.ndarray, limit: float, level: float) -> Statistic:
@@ -289,7 +298,7 @@ def _gap(training: np.ndarray | None, judge: np.ndarray | None, level: float) ->
 # --- words ---
 
 def _reasons(table: list[Statistic], variety: Diversity | None, rise: Change | None, held: Change | None,
-             limits: Limits) -> list[str]:
+             fallen: bool) -> list[str]:
     meanwhile = _meanwhile(rise, held)
     found = [f"{row.name} {'rose' if row.shift > 0 else 'fell'} by {abs(row.shift):.1f} standard deviations of the base (band "
              f"\N{PLUS-MINUS SIGN}{row.band_high:.1f}; from {row.base:.3g} to {row.aligned:.3g}){meanwhile}"
@@ -297,7 +306,7 @@ def _reasons(table: list[Statistic], variety: Diversity | None, rise: Change | N
     if variety is not None and variety.fell:
         found.append(f"the pictures of a prompt have become alike: {variety.ratio:.0%} of the base's diversity (interval "
                      f"{variety.low:.0%} to {variety.high:.0%}, limit {variety.limit:.0%}){meanwhile}")
-    if held is not None and held.fell and held.shift < -limits.fall:
+    if fallen:
         found.append(_moved("the held-out judge", held) + _meanwhile(rise, None))
     return found
 

@@ -48,7 +48,7 @@ class MonitorSpec:
 
     every: int = 100
     prompts: str | None = None
-    max_prompts: int = 16
+    max_prompts: int = 32
     seeds: int = 2
     judge: Reward | None = None
     reward: Reward | None = None

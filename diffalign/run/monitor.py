@@ -16,16 +16,14 @@ from PIL import Image
 
 from .. import rng
 from ..config import Recipe, as_tree
-from ..data.sources import Online
 from ..errors import ConfigError, ResourceError, UserError
 from ..evaluate.files import clean, write, write_json
 from ..evaluate.looks import looks, spread
-from ..evaluate.monitor import MonitorSpec, Seen, Side, see, why_stop, with_defaults
+from ..evaluate.monitor import MonitorSpec, Seen, Side, see, why_stop
 from ..evaluate.prompts import read_prompts
 from ..models.load import encoder_facts, load_encoders, model_identity
 from ..models.weights import CURRENT, ORIGIN, WeightBank
 from ..rewards import Reward, judged
-from ..rewards import check as check_reward
 from ..rewards.base import as_pil
 from ..sampling.grid import grid, save_grid, shown
 from ..train import Finding, world_of
@@ -34,29 +32,6 @@ from ..types import Cond
 from . import parts
 
 FOLDER, BASE = "monitor", "base.json"
-
-
-def monitor_spec(recipe: Recipe) -> MonitorSpec | None:
-    """The section, with what it takes from others."""
-    if recipe.monitor is None:
-        return None
-    evaluate, online = recipe.evaluate, isinstance(recipe.source, Online)
-    return with_defaults(recipe.monitor, prompts=evaluate.prompts if evaluate else None,
-                         judge=evaluate.judge if evaluate else None, reward=recipe.source.reward if online else None)
-
-
-def check_monitor(recipe: Recipe) -> None:
-    """A wrong prompt file or reward is found before training."""
-    spec = monitor_spec(recipe)
-    if spec is None:
-        return
-    if spec.prompts is None:
-        raise ConfigError("monitor.prompts: is missing, and there is no evaluate.prompts to take; name a file of prompts")
-    read_prompts(spec.prompts)
-    for reward in filter(None, (spec.judge, spec.reward)):
-        check_reward(reward)
-    if spec.early_stop is not None and spec.judge is None:
-        raise ConfigError("monitor.early_stop: watches the held-out judge, and there is none; set monitor.judge")
 
 
 class Monitor:
@@ -68,7 +43,7 @@ class Monitor:
     """
 
     def __init__(self, recipe: Recipe, accelerator):
-        self.recipe, self.spec, self.accelerator = recipe, monitor_spec(recipe), accelerator
+        self.recipe, self.spec, self.accelerator = recipe, parts.monitor_spec(recipe), accelerator
         self.every, self.world, self.folder = self.spec.every, world_of(accelerator), Path(recipe.output_dir) / FOLDER
         texts = list(dict.fromkeys(read_prompts(self.spec.prompts).texts))
         chosen = np.sort(rng.permutation(len(texts), recipe.seed, "monitor")[: self.spec.max_prompts])

@@ -23,7 +23,7 @@ from ..models.weights import WeightBank
 from ..train import fit, make_accelerator, world_of
 from ..train.checkpoint import check_writable, disk_errors
 from . import parts
-from .monitor import Monitor, check_monitor
+from .monitor import Monitor
 from .words import PIPELINE, SUMMARY, Printer, derived, method_name, run_of, silent
 
 
@@ -35,7 +35,6 @@ def train(recipe: Recipe, printer: Printer = silent) -> dict:
     started, output_dir = time.monotonic(), Path(recipe.output_dir)
     base = model_identity(recipe.model)  # a wrong model is refused before anything is written
     parts.check_before(recipe)
-    check_monitor(recipe)
     check_writable(output_dir)
     accelerator = make_accelerator(recipe.train, output_dir)
     say = printer if accelerator.is_main_process else silent

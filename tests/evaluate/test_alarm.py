@@ -108,6 +108,9 @@ def test_without_a_training_reward_its_rise_is_taken_for_granted():
     found = alarm(w.looks({0: 3.0}), judge=w.scores(-1.0))
     assert found.fired and found.training is None and found.gap is None and "taken for granted" in found.notes[0]
     assert not alarm(w.looks(), judge=w.scores(0.0)).fired
+    worse = alarm(w.looks(), judge=w.scores(-1.0))
+    assert worse.judge.fell and not worse.fired, "a worse model is no hacked one"
+    assert alarm(w.looks({0: 0.8}), judge=w.scores(-1.0)).fired and not alarm(w.looks({0: 0.8}), judge=w.scores(0.0)).fired
 
 
 def test_five_prompts_say_nothing():
@@ -123,7 +126,7 @@ def test_the_sentence_says_what_happened():
     judge = scores + [[[0.7, 0.9]], [[0.4, 0.6]]]
     found = alarm(looks, training=training, judge=judge, names=["brightness"])
     assert found.fired and found.sentence == (
-        "Reward hacking: brightness rose by 1.8 standard deviations of the base (band \N{PLUS-MINUS SIGN}1.2; from 0.5 to "
+        "Reward hacking: brightness rose by 1.8 standard deviations of the base (band \N{PLUS-MINUS SIGN}1.4; from 0.5 to "
         "0.68) while the training reward rose from 0.4 to 0.8 and the held-out judge fell from 0.8 to 0.5; "
         "the held-out judge fell from 0.8 to 0.5 while the training reward rose from 0.4 to 0.8.")
     assert found.gap.shift == pytest.approx(4 + 3)           # +0.4 and -0.3 in deviations of 0.1
@@ -131,8 +134,9 @@ def test_the_sentence_says_what_happened():
 
 
 def test_the_band_by_hand():
-    """Two pictures a prompt, 0 and 2: variance inside 2, of all pictures 1. Eight prompts: the mean of a second drawing differs
-    by a standard deviation of root(2 * 2 / 16) = 0.5, times Student's 2.36 at 7 degrees of freedom."""
+    """Two pictures a prompt, 0 and 2: variance inside 2, of all pictures 1. Eight prompts: the mean of a second drawing
+    differs by a standard deviation of root(2 * 2 / 16) = 0.5, times Student's 2.36 at 7 degrees of freedom (2.84 for each
+    of two tests)."""
     values = np.tile([0.0, 2.0], (8, 1))
     band = Band.of(values, 0.5, 0.95)
     assert band.deviation == 1 and band.redraw == pytest.approx(0.5 * student.ppf(0.975, 7)) and band.half == band.redraw
@@ -194,6 +198,9 @@ def test_a_judge_that_was_never_content_still_counts():
     judge = np.zeros((2, 64, 4))
     judge[1, ::2] = 1.0
     assert alarm(w.looks(), training=w.scores(1.0), judge=judge).judge.rose
+    equal = np.full((2, 64, 3), 0.1)  # whose computed deviation is 1e-17
+    assert alarm(w.looks()[..., :3], training=equal, judge=equal).gap.shift == 0
+    assert abs(alarm(w.looks()[..., :3], training=equal + [[[0.0]], [[0.2]]]).training.shift) < 1
 
 
 @pytest.mark.parametrize("options, message", [
