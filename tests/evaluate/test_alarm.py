@@ -16,15 +16,15 @@ NAMES = list(LOOKS)
 
 class World:
     """P prompts with S pictures each: every statistic and score has variance 1/2 between and 1/2 inside prompts; base and
-    aligned share the prompts, and half of what is inside (the seed)."""
+    aligned share the prompts, and of what is inside a part, the seed's."""
 
-    def __init__(self, seed, prompts=64, pictures=4):
-        self.rng, self.shape = np.random.default_rng(seed), (prompts, pictures)
+    def __init__(self, seed, prompts=64, pictures=4, shared=0.5):
+        self.rng, self.shape, self.shared = np.random.default_rng(seed), (prompts, pictures), shared
 
     def scores(self, rise=0.0):
         """[2, P, S]."""
-        own = self.rng.normal(0, 0.5, (2, *self.shape))
-        both = self.rng.normal(0, 0.5**0.5, (self.shape[0], 1)) + self.rng.normal(0, 0.5, self.shape)
+        own = self.rng.normal(0, (0.5 - 0.5 * self.shared)**0.5, (2, *self.shape))
+        both = self.rng.normal(0, 0.5**0.5, (self.shape[0], 1)) + self.rng.normal(0, (0.5 * self.shared)**0.5, self.shape)
         return both + own + np.array([0, rise])[:, None, None]
 
     def looks(self, shifts=None):
@@ -60,7 +60,7 @@ def test_a_rise_without_any_other_change_is_silent(world, judge):
 def test_the_intervals_themselves_keep_their_level():
     """Without the limits on size (0: every significant change counts) the table and diversity together mislead in 5 %."""
     bare = Limits(shift=0, doubted_shift=0, diversity=0.999999, doubted_diversity=0.999999, fall=9.0)
-    measured = rate(400, limits=bare, without_judge=True)
+    measured = rate(400, limits=bare, without_judge=True, shared=0.0)
     assert measured <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 400), measured
 
 
@@ -75,6 +75,24 @@ def test_ten_thousand_prompts_do_not_make_a_hundredth_an_alarm():
 def test_a_better_model_may_look_different(shift):
     """The judge rises with the training reward: the wide limits hold."""
     assert rate(training=0.6, judge=0.6, shifts={0: shift, 5: -shift}, ratio=0.55) == 0
+
+
+def test_a_change_of_just_the_limit_is_not_beyond_it():
+    assert rate(judge=0.0, shifts={0: 0.5}) <= 0.05
+
+
+def test_few_pictures_have_the_benefit_of_the_doubt():
+    """Judge and training reward rise alike, but eight prompts don't show it: the wide limits hold all the same."""
+    assert rate(training=0.5, judge=0.5, ratio=0.45, prompts=8, pictures=2) <= 0.03
+
+
+def test_a_few_pictures_that_all_move_alike_stay_in_the_band():
+    """Eight prompts, one picture each; all move by one deviation exactly, so the interval has no width. But drawing again
+    would move the mean by root(2 / 8) = 0.5 deviations, times Student's 2.36."""
+    looks = np.tile([0.3, 0.7], 4)[None, None, :, None].repeat(2, 0)
+    looks[1] += 1.1 * 0.2
+    row = alarm(looks, names=["brightness"]).statistics[0]
+    assert row.low > 1 and row.band_high == pytest.approx(0.5 * student.ppf(0.975, 7)) and not row.left
 
 
 # --- power ---
