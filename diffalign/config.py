@@ -35,6 +35,7 @@ from .building.utility import UTILITIES, Utility
 from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
 from .data.spec import DataSpec
 from .errors import ConfigError
+from .evaluate.monitor import MonitorSpec
 from .evaluate.spec import CheckSpec, EvaluateSpec
 from .models.references import REFERENCES, Frozen, Past, Reference
 from .models.spec import ModelSpec
@@ -56,6 +57,7 @@ class Recipe:
     train: TrainSpec = TrainSpec()
     evaluate: EvaluateSpec | None = None
     check: CheckSpec = CheckSpec()
+    monitor: MonitorSpec | None = None
 
     def __post_init__(self):
         if not self.output_dir.strip():

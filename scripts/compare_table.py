@@ -85,19 +85,20 @@ def names(rows: list[Row]) -> str:
 
 def line(row: Row) -> str:
     s, seconds = row.pooled.statistics, row.mean("seconds")
-    moved = max(row.pooled.drift, key=lambda drift: abs(drift.shift))
-    diversity = "" if row.pooled.diversity is None else f"{row.pooled.diversity:.2f}"
+    alarm = row.pooled.alarm
+    moved = max(alarm.statistics, key=lambda statistic: abs(statistic.shift))
+    diversity = "" if alarm.diversity is None else f"{alarm.diversity.ratio:.2f}"
     verdict = {"better": "yes", "worse": "no: worse", "undecided": "not shown"}[row.verdict]
     return (f"| `{row.name}` | {row.label} | {s.aligned_score:.3f} "
             f"| {s.win_rate:.3f} [{s.win_rate_low:.3f}, {s.win_rate_high:.3f}] "
             f"| {min(row.pooled.win_rates):.3f} to {max(row.pooled.win_rates):.3f} "
             f"| {row.accuracy[0]:.2f} [{row.accuracy[1]:.2f}, {row.accuracy[2]:.2f}] | {row.mean('passes'):,.0f} "
-            f"| {row.mean('steps'):.0f} | {seconds:.0f} | {moved.name} {moved.shift:+.2f}{' (!)' if moved.flagged else ''} "
+            f"| {row.mean('steps'):.0f} | {seconds:.0f} | {moved.name} {moved.shift:+.2f}{' (!)' if alarm.fired else ''} "
             f"| {diversity} | {verdict} |")
 
 
 HEAD = ("| method | value | score | win rate [95 %] | of single seeds | held-out preference [95 %] | passes | steps | seconds "
-        "| largest drift | diversity | helps |\n" + "|---" * 12 + "|")
+        "| largest shift | diversity | helps |\n" + "|---" * 12 + "|")
 
 
 def sentences(rows: list[Row], base: Side, plan: dict) -> list[str]:
@@ -115,9 +116,8 @@ def sentences(rows: list[Row], base: Side, plan: dict) -> list[str]:
         told = {verdict: names([row for row, found in others if found == verdict]) for verdict in ("better", "worse")}
         said.append(f"Against SFT on the winners, picture by picture, better: {told['better']}; worse: {told['worse']}; "
                     "the others cannot be told from it.")
-    flagged = [row for row in rows if any(drift.flagged for drift in row.pooled.drift)]
-    if flagged:
-        said.append(f"A picture statistic moved by more than half of the base's spread, marked (!): {names(flagged)}.")
+    fired = [row for row in rows if row.pooled.alarm.fired]
+    said.append(f"The reward-hacking alarm fires, marked (!): {names(fired)}.")
     fewer = [row for row in rows if len(row.runs) < len(plan["seeds"])]
     if fewer:
         said.append(f"With fewer than {len(plan['seeds'])} seeds, so not comparable yet: {names(fewer)}.")

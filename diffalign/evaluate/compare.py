@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 from .. import rng
 from ..errors import ConfigError, DataError
 from ..rewards.base import Reward, identity
+from .alarm import Alarm
 from .shards import Alone, World
-from .sides import DRIFT, Draw, Drift, Place, Side, as_draw, draw_and_keep, drift_of, picture_seeds, sampling
+from .sides import Draw, Place, Side, alarm_of, as_draw, draw_and_keep, picture_seeds, sampling
 from .spec import ALIGNED, EvaluateSpec
 from .statistics import ERROR, Paired, Sweep, holm, outcomes, paired, sweep
 
-__all__ = ["DRIFT", "Comparison", "Stage", "Tile", "compare", "lora_off_and_on", "picture_seeds", "said", "statistics_dict",
+__all__ = ["Comparison", "Stage", "Tile", "compare", "lora_off_and_on", "picture_seeds", "said", "statistics_dict",
            "trained_on"]
 
 
@@ -65,11 +66,10 @@ class Comparison:
     seeds: [P, S] int64, per picture.
 
     results: of the judge, by model; empty without one. corrected: Holm's p-values of the sign tests. rewards: reward -> model
-    -> statistics, without the judge. categories: model -> category -> statistics. drift: by model. tiles: rows for the grid,
+    -> statistics, without the judge. categories: model -> category -> statistics. alarms: by model. tiles: rows for the grid,
     drawn at random; best and worst: the largest gains and losses of the first model, with its and the base's pictures.
     sampling: what the pictures were drawn with. training: names of the rewards that were optimised, None where not known.
-    held_out: whether the judge is none of them; None where not known. identity: of models and rewards. alarms: by model, what
-    an alarm has to say (see ``report``).
+    held_out: whether the judge is none of them; None where not known. identity: of models and rewards.
     """
 
     prompts: list[str]
@@ -81,7 +81,7 @@ class Comparison:
     tiles: list[Tile]
     best: list[Tile]
     worst: list[Tile]
-    drift: dict[str, list[Drift]]
+    alarms: dict[str, Alarm]
     sampling: dict[str, Any]
     rewards: dict[str, dict[str, Paired]] = field(default_factory=dict)
     categories: dict[str, dict[str, Paired]] = field(default_factory=dict)
@@ -91,7 +91,6 @@ class Comparison:
     training: tuple[str, ...] | None = None
     held_out: bool | None = None
     identity: dict[str, Any] = field(default_factory=dict)
-    alarms: dict[str, dict] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
@@ -195,8 +194,7 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
     return Comparison(
         prompts=prompts, seeds=seeds, judge=spec.judge.name if spec.judge is not None else None, sides=sides, models=compared,
         results=results, tiles=tiles, best=best, worst=worst, sampling=said(spec), strengths=strengths,
-        drift={name: drift_of(sides[names[0]].statistics, sides[name].statistics, seed=spec.seed,
-                              resamples=spec.bootstrap_resamples) for name in compared},
+        alarms=_alarms(sides, compared, spec, rewards, training),
         rewards={reward: _against_base({name: side.rewards[reward] for name, side in sides.items()}, compared, spec)
                  for reward in rewards},
         categories=_by_category(sides, compared, categories, spec) if results else {},
@@ -209,6 +207,31 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
         identity={"models": {name: {} for name in names} | {n: dict(f) for stage in stages for n, f in stage.facts.items()},
                   "judge": None if spec.judge is None else identity(spec.judge),
                   "rewards": {name: identity(reward) for name, reward in rewards.items()}, **(facts or {})})
+
+
+def _alarms(sides: Mapping[str, Side], compared: Sequence[str], spec: EvaluateSpec, rewards: Mapping[str, Reward],
+            training: Sequence[Reward] | None) -> dict[str, Alarm]:
+    """Of every model beside the base. Several rewards that were optimised count as the mean of their z-scores on the base."""
+    base = next(iter(sides.values()))
+    names = [name for name, reward in rewards.items() if reward in (training or ())]
+    tables = [{name: side.rewards[reward] for name, side in sides.items()} for reward in names]
+    if spec.judge is not None and spec.judge in (training or ()):
+        tables.append({name: side.scores for name, side in sides.items()})
+    optimised = tables if len(tables) == 1 else [_standardised(table) for table in tables]
+    held_out = spec.judge is not None and not trained_on(spec.judge, training or ())
+    found = {}
+    for name in compared:
+        both = (next(iter(sides)), name)
+        scores = tuple(np.mean([table[side] for table in optimised], 0) for side in both) if optimised else None
+        found[name] = alarm_of(base, sides[name], training=scores, held_out=held_out)
+    return found
+
+
+def _standardised(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """[P, S] by side, the base first, in standard deviations of the base's."""
+    base = next(iter(scores.values())).astype(np.float64)
+    spread = np.nanstd(base) if np.isfinite(base).any() else 1.0
+    return {name: (values - np.nanmean(base)) / (spread if spread > 0 else 1.0) for name, values in scores.items()}
 
 
 def lora_off_and_on(pipe, spec: EvaluateSpec) -> tuple[Draw, Draw]:

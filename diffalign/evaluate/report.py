@@ -22,7 +22,7 @@ from PIL import Image
 from .. import __version__
 from ..sampling.grid import WEBP_LIMIT, grid, save_grid, score_text
 from .card import loading
-from .compare import DRIFT, Comparison, Tile, statistics_dict
+from .compare import Comparison, Tile, statistics_dict
 from .curves import drawings, read_metrics
 from .files import clean, write, write_json
 from .statistics import Paired
@@ -87,7 +87,7 @@ def build(run: Run, comparison: Comparison | None) -> dict[str, Any]:
     facts = {
         "verdict": comparison.verdict(comparison.main) if result else None, "sentence": sentence(run, comparison),
         **{name: getattr(result, name) if result else None for name in names},
-        "alarm": comparison.alarms.get(comparison.main) if comparison is not None else None,
+        "alarm": _alarm(comparison, comparison.main) if comparison is not None else None,
         "models": _models(comparison), "rewards": _rewards(comparison), "strengths": _strengths(comparison),
         "holm": comparison.corrected if comparison is not None else {},
         "judge": comparison.judge if comparison is not None else None,
@@ -164,7 +164,7 @@ def page(report: dict, run: Run, comparison: Comparison | None) -> str:
         curves=drawings(read_metrics(run.metrics)) if run.metrics else [],
         config=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True) if report["config"] else "",
         identity=yaml.safe_dump(report["identity"], sort_keys=False, allow_unicode=True) if report["identity"] else "",
-        note=_note(comparison) if comparison else "", loading=loading(run) if run.method else None, drift_limit=DRIFT,
+        note=_note(comparison) if comparison else "", loading=loading(run) if run.method else None,
         strength_labels=_strength_labels(comparison) if comparison else {})
 
 
@@ -178,7 +178,8 @@ def render(template: str, **values) -> str:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "score": _score, "duration": _duration, "picture": _data_uri,
-                            "count": lambda n: "not known" if n is None else f"{n:,}", "p_value": _p_value}
+                            "count": lambda n: "not known" if n is None else f"{n:,}", "p_value": _p_value,
+                            "signed": lambda x: "not known" if x is None else f"{x:+.2f}"}
     script = environment.get_template("report.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # the policy lets exactly this script run: a prompt that slipped through the escaping still could not
@@ -221,7 +222,7 @@ def _comparison(comparison: Comparison | None) -> dict | None:
             "statistics": statistics_dict(result) if result else None,
             "categories": {name: statistics_dict(part)
                            for name, part in comparison.categories.get(comparison.main, {}).items()},
-            "drift": [asdict(item) for item in comparison.drift[comparison.main]], "prompts": per_prompt}
+            "prompts": per_prompt}
 
 
 def _models(comparison: Comparison | None) -> dict[str, dict]:
@@ -237,9 +238,14 @@ def _models(comparison: Comparison | None) -> dict[str, dict]:
             "verdict_corrected": comparison.verdict(name),
             "survives": None if result is None else comparison.verdict(name) == result.verdict,
             "categories": {kind: statistics_dict(part) for kind, part in comparison.categories.get(name, {}).items()},
-            "drift": [asdict(item) for item in comparison.drift[name]], "alarm": comparison.alarms.get(name),
+            "alarm": _alarm(comparison, name),
             "diversity": _ratio(_mean(side.spread), _mean(base.spread))}
     return found
+
+
+def _alarm(comparison: Comparison, name: str) -> dict[str, Any]:
+    found = comparison.alarms[name]
+    return {**asdict(found), "sentence": found.sentence}
 
 
 def _rewards(comparison: Comparison | None) -> dict[str, dict]:

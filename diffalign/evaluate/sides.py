@@ -18,10 +18,11 @@ from PIL import Image
 
 from ..methods.base import Context
 from ..rewards.base import Reward, judged
-from ..rewards.rules import Brightness, Colourfulness, Compressibility
 from ..sampling.generate import generate, picture_seed
 from ..types import Batch, Memory
+from .alarm import Alarm, alarm
 from .files import write
+from .looks import LOOKS, looks, spread
 from .preference import Margins, measure
 from .shards import Alone, World, blocks, exchange
 from .spec import EvaluateSpec
@@ -29,8 +30,6 @@ from .statistics import Paired, bootstrap, paired
 
 Draw = Callable[[list[str], list[int]], list[Image.Image]]
 Place = tuple[int, int]  # a picture: row of its prompt, number of its seed
-STATISTICS = (Brightness(), Colourfulness(), Compressibility())
-DRIFT = 0.5  # a picture statistic that moves by more than this many standard deviations of the base is flagged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +37,8 @@ class Side:
     """One model on P prompts with S pictures each.
 
     scores: [P, S] float32 of the judge, NaN where it cannot score (everywhere without a judge). rewards: the same for further
-    rewards, by name. statistics: [n, P, S], in the order of ``STATISTICS``. spread: [P], mean distance between a prompt's
-    pictures (root mean square over pixels, 0 to 255); NaN with one picture. margins: [pairs, draws] of ``pair_margins``, or
+    rewards, by name. statistics: [n, P, S], in the order of ``LOOKS``. spread: [P], mean distance between a prompt's pictures
+    (``looks.spread``); NaN with one picture. margins: [pairs, draws] of ``pair_margins``, or
     None where they were not measured.
     """
 
@@ -66,34 +65,17 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drift:
-    """How a cheap statistic of the pictures moved: the first sign of a judge being gamed (colour casts, smoothing).
-
-    shift: difference of the means in standard deviations of the base; flagged beyond 0.5 when the 95 % interval of the
-    difference also leaves 0 out.
-    """
-
-    name: str
-    base: float
-    aligned: float
-    shift: float
-    flagged: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class Pooled:
     """Runs of one method, which differ in their training seed, against the base.
 
     statistics: all runs' pictures of a prompt are one unit, so the interval is over prompts, for these runs. win_rates and
-    scores: of each run alone. drift: as in a comparison. diversity: spread inside prompts over the base's, None with one
-    picture each.
+    scores: of each run alone. alarm: as in a comparison, of all runs together.
     """
 
     statistics: Paired
     win_rates: list[float]
     scores: list[float]
-    drift: list[Drift]
-    diversity: float | None
+    alarm: Alarm
 
 
 def draw_side(model, prompts: Sequence[str], judge: Reward | None, spec: EvaluateSpec, **options) -> Side:
@@ -144,8 +126,8 @@ def _measured(images: list[Image.Image], texts: list[str], judge: Reward | None,
 
     return {"scores": scores.reshape(-1, count),
             "rewards": by_prompt(np.asarray(others, np.float32).reshape(len(others), len(images))),
-            "statistics": by_prompt(picture_statistics(images, texts)),
-            "spread": np.asarray([_spread(images[i:i + count]) for i in range(0, len(images), count)])}
+            "statistics": by_prompt(looks(images)),
+            "spread": spread(images, count)}
 
 
 def _in_order(found: Mapping[str, np.ndarray], name: str) -> list[str]:
@@ -179,33 +161,6 @@ def sampling(spec: EvaluateSpec) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in names}
 
 
-def picture_statistics(images: list[Image.Image], texts: list[str]) -> np.ndarray:
-    """[statistics, pictures], in the order of ``STATISTICS``."""
-    return np.stack([statistic(images, texts).numpy() for statistic in STATISTICS])
-
-
-def drift_of(base: np.ndarray, aligned: np.ndarray, *, seed: int, resamples: int) -> list[Drift]:
-    """base, aligned: [statistics, P, S] of ``picture_statistics``."""
-    rows = np.nanmean(np.stack([base, aligned]), axis=3)  # [2, statistics, P]
-    intervals = bootstrap(rows[1] - rows[0], seed=seed, resamples=min(2000, resamples))
-    return [_one_drift(statistic.name, *rows[:, i], *intervals[i]) for i, statistic in enumerate(STATISTICS)]
-
-
-def _one_drift(name: str, base: np.ndarray, aligned: np.ndarray, low: float, high: float) -> Drift:
-    spread = float(base.std())
-    moved = float(aligned.mean() - base.mean())
-    shift = moved / spread if spread > 0 else 0.0
-    return Drift(name=name, base=float(base.mean()), aligned=float(aligned.mean()), shift=shift,
-                 flagged=abs(shift) > DRIFT and not low <= 0 <= high)
-
-
-def _spread(images: list[Image.Image]) -> float:
-    """Mean over pairs of the root mean square difference, 0 to 255; NaN of one picture."""
-    arrays = [np.asarray(image.convert("RGB"), np.float64) for image in images]
-    apart = [np.sqrt(np.mean((a - b) ** 2)) for i, a in enumerate(arrays) for b in arrays[i + 1:]]
-    return float(np.mean(apart)) if apart else float("nan")
-
-
 def pool(base: Side, runs: Sequence[Side], *, seed: int = 0, resamples: int = 10_000) -> Pooled | None:
     """None when no picture was scored on both sides."""
     count = len(runs)
@@ -214,13 +169,24 @@ def pool(base: Side, runs: Sequence[Side], *, seed: int = 0, resamples: int = 10
     if result is None:
         return None
     alone = [paired(base.scores, run.scores, seed=seed, resamples=10) for run in runs]
-    spread = np.mean([run.spread for run in runs], 0)
-    return Pooled(
-        statistics=result, win_rates=[one.win_rate for one in alone if one],
-        scores=[one.aligned_score for one in alone if one],
-        drift=drift_of(np.tile(base.statistics, count), np.concatenate([run.statistics for run in runs], 2), seed=seed,
-                       resamples=resamples),
-        diversity=None if np.isnan(spread).all() else float(np.nanmean(spread) / np.nanmean(base.spread)))
+    together = Side(scores=np.concatenate([run.scores for run in runs], 1), spread=np.mean([run.spread for run in runs], 0),
+                    statistics=np.concatenate([run.statistics for run in runs], 2))
+    tiled = Side(scores=np.tile(base.scores, count), statistics=np.tile(base.statistics, count), spread=base.spread)
+    return Pooled(statistics=result, win_rates=[one.win_rate for one in alone if one],
+                  scores=[one.aligned_score for one in alone if one], alarm=alarm_of(tiled, together, held_out=True))
+
+
+def alarm_of(base: Side, side: Side, *, training: tuple[np.ndarray, np.ndarray] | None = None,
+             held_out: bool = False) -> Alarm:
+    """What the alarm says of a side. training: both sides' scores [P, S] by what was optimised. held_out: whether ``scores``
+    are of a judge that was not trained on. Statistics that were measured of neither side are left out.
+    """
+    known = np.isfinite(base.statistics).any((1, 2)) & np.isfinite(side.statistics).any((1, 2))
+    spread = np.stack([base.spread, side.spread])
+    return alarm(np.stack([base.statistics, side.statistics])[:, known], names=[n for n, k in zip(LOOKS, known) if k],
+                 training=None if training is None else np.stack(training),
+                 judge=np.stack([base.scores, side.scores]) if held_out and np.isfinite(base.scores).any() else None,
+                 diversity=None if np.isnan(spread).all() else spread)
 
 
 @torch.no_grad()

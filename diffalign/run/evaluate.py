@@ -52,10 +52,8 @@ def evaluate(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
     printer(report["sentence"])
     if report["strengths"]:
         printer(report["strengths"]["sentence"])
-    for name, drifts in comparison.drift.items():
-        for drift in drifts:
-            if drift.flagged:
-                printer(f"look out: {drift.name} of {name} moved from {drift.base:.3g} to {drift.aligned:.3g}")
+    for name, alarm in comparison.alarms.items():
+        printer(f"{'alarm' if alarm.fired else 'no alarm'}, {name}: {alarm.sentence}")
     printer(f"report: {output_dir / 'report.html'}")
     return report
 

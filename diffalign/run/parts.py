@@ -13,6 +13,7 @@ from ..config import Evaluation, Recipe, check_layout
 from ..data.prompts import read_prompts
 from ..data.sources import Online, Sampled, Stored
 from ..errors import ConfigError
+from ..evaluate.monitor import MonitorSpec, with_defaults
 from ..likelihood import Transitions
 from ..methods import Context, Preference, Probe
 from ..models.base import Denoiser, enable_gradient_checkpointing
@@ -34,6 +35,7 @@ def check_before(recipe: Recipe) -> None:
     check_layout(recipe, data.detect_layout(recipe.data))
     _check_distilled(recipe)
     check_evaluate(recipe)
+    check_monitor(recipe)
     if isinstance(recipe.source, Online):
         check_reward(recipe.source.reward)
 
@@ -59,6 +61,29 @@ def check_evaluate(recipe: Recipe | Evaluation) -> None:
         folder, _ = inspect(recipe.model)
         if spec.scheduler or spec.timestep_spacing:
             make_scheduler(folder.config("scheduler"), spec.scheduler, spec.timestep_spacing, spec.num_inference_steps)
+
+
+def monitor_spec(recipe: Recipe) -> MonitorSpec | None:
+    """The section, with what it takes from others."""
+    if recipe.monitor is None:
+        return None
+    evaluate, online = recipe.evaluate, isinstance(recipe.source, Online)
+    return with_defaults(recipe.monitor, prompts=evaluate.prompts if evaluate else None,
+                         judge=evaluate.judge if evaluate else None, reward=recipe.source.reward if online else None)
+
+
+def check_monitor(recipe: Recipe) -> None:
+    """A wrong prompt file or reward is found before training."""
+    spec = monitor_spec(recipe)
+    if spec is None:
+        return
+    if spec.prompts is None:
+        raise ConfigError("monitor.prompts: is missing, and there is no evaluate.prompts to take; name a file of prompts")
+    read_prompts(spec.prompts)
+    for reward in filter(None, (spec.judge, spec.reward)):
+        check_reward(reward)
+    if spec.early_stop is not None and spec.judge is None:
+        raise ConfigError("monitor.early_stop: watches the held-out judge, and there is none; set monitor.judge")
 
 
 def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):

@@ -23,6 +23,7 @@ from ..models.weights import WeightBank
 from ..train import fit, make_accelerator, world_of
 from ..train.checkpoint import check_writable, disk_errors
 from . import parts
+from .monitor import Monitor
 from .words import PIPELINE, SUMMARY, Printer, derived, method_name, run_of, silent
 
 
@@ -47,14 +48,15 @@ def train(recipe: Recipe, printer: Printer = silent) -> dict:
     hooks = [_ResolvedConfig(recipe)] if accelerator.is_main_process else []
     summary = fit(hooks=hooks, method=method, bank=bank, source=source, spec=recipe.train, seed=recipe.seed,
                   output_dir=output_dir, config=as_tree(recipe), accelerator=accelerator, identity={"base": base},
-                  metadata=_metadata(recipe),
+                  metadata=_metadata(recipe), monitor=None if recipe.monitor is None else Monitor(recipe, accelerator),
                   validation=None if heldout is None else _validation(recipe, method, heldout, accelerator))
     facts = {**dataclasses.asdict(summary), "pairs": source.groups, "objective": method_name(recipe), "base": base,
              "encode_seconds": encode_seconds, "wall_seconds": time.monotonic() - started, "seed": recipe.seed,
              "heldout": None if heldout is None else _heldout(recipe, method, bank, heldout, accelerator)}
     if accelerator.is_main_process:
         _finish(recipe, bank, facts)
-    say(f"done: {output_dir} ({summary.step} steps, {summary.seconds:.0f} s of training)")
+    say(f"done: {output_dir} ({summary.step} steps, {summary.seconds:.0f} s of training)"
+        + (f"; ended early: {summary.stopped}" if summary.stopped else ""))
     return facts
 
 

@@ -5,9 +5,9 @@ from .guard import Preempted, TrainingError
 from .hooks import Hook
 from .launch import make_accelerator
 from .spec import TrainSpec
-from .state import RunState, Summary
-from .trainer import Bank, fit
+from .state import Finding, RunState, Summary
+from .trainer import Bank, Monitor, fit
 from .world import Distributed, Single, World, world_of
 
-__all__ = ["Bank", "Distributed", "Hook", "Preempted", "RunState", "Single", "Source", "Summary", "TrainSpec",
-           "TrainingError", "World", "fit", "make_accelerator", "world_of"]
+__all__ = ["Bank", "Distributed", "Finding", "Hook", "Monitor", "Preempted", "RunState", "Single", "Source", "Summary",
+           "TrainSpec", "TrainingError", "World", "fit", "make_accelerator", "world_of"]

@@ -39,7 +39,7 @@ def means(report: Report) -> dict[str, float]:
 class RunState:
     """step: optimizer steps done. samples: groups (pairs) seen by all processes. updates: steps that moved the weights
     (float16 may skip some). seconds: of training, over all resumes. learning_rate: of the last step. validation_end: the
-    last validation, made at step ``validated``."""
+    last validation, made at step ``validated``. stopped: why a monitor ended the run, None while it goes on."""
 
     step: int = 0
     samples: int = 0
@@ -51,12 +51,23 @@ class RunState:
     validation_start: dict[str, float] = field(default_factory=dict)
     validation_end: dict[str, float] = field(default_factory=dict)
     validated: int | None = None
+    stopped: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a monitor saw. figures: for the log. said: a line for people. stop: why the run should end, or None."""
+
+    figures: dict[str, float]
+    said: str
+    stop: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """What ``fit`` returns. initial_loss: mean loss of the first micro-batch before any step, None on a resumed run.
-    metrics: means of the last steps. validation_start, validation_end: what ``validation`` returned at both ends."""
+    metrics: means of the last steps. validation_start, validation_end: what ``validation`` returned at both ends.
+    stopped: why a monitor ended the run before its last step, else None."""
 
     step: int
     samples: int
@@ -67,3 +78,4 @@ class Summary:
     metrics: dict[str, float]
     validation_start: dict[str, float]
     validation_end: dict[str, float]
+    stopped: str | None = None

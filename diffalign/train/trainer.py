@@ -29,7 +29,7 @@ from .identity import check_same_run, plain
 from .launch import make_accelerator, start_trackers, stop_trackers
 from .optim import Average, build_optimizer, learning_rates, load_optimizer_state, optimizer_state, set_learning_rate
 from .spec import TrainSpec
-from .state import RunState, Summary, Window
+from .state import Finding, RunState, Summary, Window
 from .tally import Tally, Totals
 from .world import check_same_weights, raise_together, world_of
 
@@ -58,15 +58,26 @@ class Bank(Protocol):
     def save(self, folder: Path, metadata: dict[str, str]) -> None: ...
 
 
+class Monitor(Protocol):
+    """Looks at the weights every ``every`` steps, and may end the run. On all ranks, which must all get the same finding."""
+
+    every: int
+
+    def __call__(self, bank: Bank, step: int) -> Finding: ...
+
+
 def fit(*, method: Method, bank: Bank, source: Source, spec: TrainSpec, seed: int, output_dir: Path, config: dict,
-        hooks: Sequence[Hook] = (), validation: Validation | None = None, identity: dict[str, str] | None = None,
-        metadata: dict[str, str] | None = None, accelerator=None, progress: bool = True) -> Summary:
+        hooks: Sequence[Hook] = (), validation: Validation | None = None, monitor: Monitor | None = None,
+        identity: dict[str, str] | None = None, metadata: dict[str, str] | None = None, accelerator=None,
+        progress: bool = True) -> Summary:
     """Train ``bank``'s policy; resume first when ``output_dir`` holds a checkpoint of the same run.
 
     config: the resolved recipe, written into each checkpoint and compared on resume. identity: hashes of what else the run
     depends on, such as the base model's. metadata: texts for the header of the files that users load. validation(bank,
     step): on all ranks, without gradients, with the averaged weights when an average is kept; at step 0, every
-    ``validation_steps`` and at the end. accelerator: one from ``make_accelerator``, when the caller needed it earlier.
+    ``validation_steps`` and at the end. monitor: called likewise, at step 0 and every
+    ``monitor.every``; where it says stop, a checkpoint is saved and the run ends as if that had been its last step.
+    accelerator: one from ``make_accelerator``, when the caller needed it earlier.
 
     Afterwards the bank holds the weights that were saved into ``output_dir`` (the moving average when there is one).
     Raises CheckpointError, TrainingError, ResourceError; Preempted (exit code 75) when a signal asked to stop.
@@ -76,8 +87,8 @@ def fit(*, method: Method, bank: Bank, source: Source, spec: TrainSpec, seed: in
     accelerator = accelerator or make_accelerator(spec, output_dir)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("the accelerator must not accumulate: the loop divides by the global count of groups itself")
-    trainer = _Trainer(method, bank, source, spec, seed, output_dir, config, validation, identity or {}, metadata or {},
-                       accelerator, progress)
+    trainer = _Trainer(method, bank, source, spec, seed, output_dir, config, validation, monitor, identity or {},
+                       metadata or {}, accelerator, progress)
     with trainer.signals, trainer.running():
         return trainer.run(hooks)
 
@@ -85,10 +96,10 @@ def fit(*, method: Method, bank: Bank, source: Source, spec: TrainSpec, seed: in
 class _Trainer:
     """One call of ``fit``."""
 
-    def __init__(self, method, bank, source, spec, seed, output_dir, config, validation, identity, metadata, accelerator,
-                 progress):
+    def __init__(self, method, bank, source, spec, seed, output_dir, config, validation, monitor, identity, metadata,
+                 accelerator, progress):
         self.method, self.bank, self.spec, self.seed, self.output_dir = method, bank, spec, seed, output_dir
-        self.source, self.validation, self.accelerator = source, validation, accelerator
+        self.source, self.validation, self.monitor, self.accelerator = source, validation, monitor, accelerator
         self.config, self.metadata = plain(config), metadata
         self.identity = {**identity, "reference": bank.identity, "data": source.identity, "seed": str(seed)}
         self.world, self.device = world_of(accelerator), accelerator.device
@@ -133,7 +144,7 @@ class _Trainer:
         self._begin()
         watchers = [self.log, self.progress, Saturation(self.progress.say), *hooks]
         state, spec, stopping = self.state, self.spec, False
-        while state.step < spec.max_train_steps:
+        while state.step < spec.max_train_steps and not (state.stopped and self.saved_step == state.step):
             clock = time.monotonic()
             totals = self._step()
             state.seconds += time.monotonic() - clock
@@ -142,8 +153,10 @@ class _Trainer:
             self.recent.add(totals.report)
             if spec.validation_steps and state.step % spec.validation_steps == 0:
                 self._validate()
+            if self.monitor is not None and state.step % self.monitor.every == 0:
+                self._watch()
             stopping = stopping or totals.stop
-            self._save_if_due(stopping)
+            self._save_if_due(stopping or state.stopped is not None)
             if stopping and self.saved_step == state.step:
                 raise guard.Preempted(f"stopped by a signal after step {state.step} of {spec.max_train_steps}; "
                                       f"checkpoint-{state.step} is saved: resume by running the same command again")
@@ -260,6 +273,8 @@ class _Trainer:
             self._check_start()
             self._validate()
             self.state.validation_start = self.state.validation_end
+            if self.monitor is not None:
+                self._watch()
 
     def _check_start(self) -> None:
         """Every weight set must agree with the policy before the first step; prints the loss that this gives."""
@@ -277,15 +292,31 @@ class _Trainer:
         state = self.state
         if self.validation is None or state.validated == state.step:
             return
-        module = self.bank.denoiser.module
-        module.eval()
-        with self._averaged(), torch.no_grad(), self.accelerator.autocast():
+        with self._looking(), self.accelerator.autocast():
             state.validation_end = dict(self.validation(self.bank, state.step))
-        module.train()
         state.validated = state.step
         self.log.write(state.step, {f"validation/{name}": value for name, value in state.validation_end.items()}, partial)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in state.validation_end.items())
         self.progress.say(f"validation at step {state.step}: {figures}")
+
+    def _watch(self) -> None:
+        state = self.state
+        with self._looking():
+            finding = self.monitor(self.bank, state.step)
+        self.log.write(state.step, {f"monitor/{name}": value for name, value in finding.figures.items()})
+        self.progress.say(finding.said)
+        if finding.stop and state.step < self.spec.max_train_steps:
+            state.stopped = finding.stop
+            self.progress.say(f"the run ends at step {state.step} of {self.spec.max_train_steps}: {finding.stop}")
+
+    @contextmanager
+    def _looking(self):
+        """The weights as they would be used: averaged where there is an average, without gradients."""
+        module = self.bank.denoiser.module
+        module.eval()
+        with self._averaged(), torch.no_grad():
+            yield
+        module.train()
 
     def _finish(self) -> Summary:
         state = self.state
@@ -299,7 +330,7 @@ class _Trainer:
         return Summary(step=state.step, samples=state.samples, seconds=state.seconds, groups_per_step=self.groups_per_step,
                        parameters=sum(p.numel() for p in self.params.values()), initial_loss=self.initial_loss,
                        metrics=self.recent.means(), validation_start=state.validation_start,
-                       validation_end=state.validation_end)
+                       validation_end=state.validation_end, stopped=state.stopped)
 
     def _save_for_users(self) -> None:
         with checkpoint.disk_errors(f"cannot save the trained weights in {self.output_dir}", self.output_dir, self._size()):
@@ -330,8 +361,8 @@ class _Trainer:
         numbers = {"samples": state.samples, "updates": state.updates, "seconds": state.seconds,
                    "memory": state.memory.values, "window": state.window.values,
                    "validation_start": state.validation_start, "validation_end": state.validation_end,
-                   "validated": state.validated, "optimizer": optimizer_numbers, "ema": average_numbers,
-                   "scaler": None if scaler is None else scaler.state_dict(), "config": self.config,
+                   "validated": state.validated, "stopped": state.stopped, "optimizer": optimizer_numbers,
+                   "ema": average_numbers, "scaler": None if scaler is None else scaler.state_dict(), "config": self.config,
                    "identity": self.identity, "groups_per_step": self.groups_per_step}
         checkpoint.save(self.output_dir, state.step, tensors, numbers, keep=self.spec.checkpoints_total_limit,
                         export=self._export_averaged if self._size() <= EXPORT_LIMIT else None)
@@ -379,6 +410,8 @@ class _Trainer:
         same = ("step", "samples", "updates", "seconds", "validation_start", "validation_end", "validated")
         self.state = RunState(**{name: saved[name] for name in same}, memory=memory, window=Window(saved["window"]),
                               learning_rate=self.rate(saved["step"] - 1))
+        if saved["config"] == self.config:  # who resumes with other options wants to go on
+            self.state.stopped = saved.get("stopped")
         self.saved_step = saved["step"]
 
     # small helpers

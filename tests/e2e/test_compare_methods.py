@@ -120,8 +120,8 @@ def test_sides_drawn_apart_agree_with_the_comparison():
     together = compare({"base": one, "aligned": two}, texts, spec, progress=None)
     base, aligned = (draw_side(model, texts, SceneChecker(), spec) for model in (one, two))
     pooled = pool(base, [aligned], resamples=500)
-    assert pooled.statistics == together.statistics and pooled.drift == together.drift["aligned"]
-    assert pooled.diversity > 0 and pooled.win_rates == [together.statistics.win_rate]
+    assert pooled.statistics == together.statistics and pooled.alarm.statistics == together.alarms["aligned"].statistics
+    assert pooled.alarm.diversity.ratio > 0 and pooled.win_rates == [together.statistics.win_rate]
 
 
 def test_seeds_of_a_prompt_are_one_unit():

@@ -101,5 +101,5 @@ def test_a_full_fine_tune_is_fused_once(few, tmp_path):
     report = reported(tmp_path)
     rows = report["comparison"]["prompts"]
     assert sum(row["base"] != row["aligned"] for row in rows) <= 1  # a pixel may tip a score, a second fusing tips them all
-    assert all(abs(drift["shift"]) < 0.02 for drift in report["comparison"]["drift"])
+    assert all(abs(row["shift"]) < 0.02 for row in report["alarm"]["statistics"])
     assert (tmp_path / "run" / "grid.png").exists()

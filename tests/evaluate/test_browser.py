@@ -17,6 +17,7 @@ from diffalign.rewards.rules import Colourfulness
 from diffalign.rewards.scenes import SceneChecker, parse
 
 from .scenes import prompts, side
+from .test_models import HACKED
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
@@ -85,9 +86,7 @@ def pages(tmp_path_factory):
     kinds = [scene.kind if (scene := parse(text)) else "none" for text in texts]
     found = compare(models, texts, spec, categories=kinds, progress=None,
                     strengths={"base": 0.0, "strength 0.5": 0.5, "aligned": 1.0})
-    alarm = {"fired": True, "reasons": ["saturation left the base's band"], "notes": [], "statistics": [
-        {"name": "high-frequency energy", "base": 0.123, "aligned": 0.5, "band_low": 0.1, "band_high": 0.2, "left": True}]}
-    found.alarms["aligned"] = alarm
+    found.alarms["aligned"] = HACKED
     run = Run(title="Diffusion-DPO, LoRA, on tiny", base_model="b", method="Diffusion-DPO", rank=4, beta=2000.0, steps=10,
               command="diffalign train " + "a" * 90, config={"a": "b" * 200})
     write_report(folder, run, found)

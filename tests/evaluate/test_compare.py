@@ -106,14 +106,13 @@ def test_without_a_judge_there_are_pictures_only():
     assert len(found.tiles) == 4 and found.tiles[0].scores == {"base": None, "aligned": None}
 
 
-def test_drift_is_flagged_when_the_pictures_turn_bright():
+def test_the_alarm_fires_when_the_pictures_turn_bright():
     def brighter(texts, seeds):
         return [Image.eval(image, lambda v: min(255, v + 90)) for image in side(0.0, 1)(texts, seeds)]
 
     calm, hot = run(side(0, 1), side(0, 1), prompts(30)), run(side(0, 1), brighter, prompts(30))
-    assert not any(item.flagged for item in calm.drift["aligned"])
-    flagged = {item.name: item for item in hot.drift["aligned"] if item.flagged}
-    assert "brightness" in flagged and flagged["brightness"].shift > 0.5
+    assert not calm.alarms["aligned"].fired
+    assert hot.alarms["aligned"].fired and any("brightness" in reason for reason in hot.alarms["aligned"].reasons)
 
 
 def test_wrong_sides_are_refused():

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from diffalign.evaluate import EvaluateSpec, Run, write_report
+from diffalign.evaluate.alarm import Alarm, Statistic
 from diffalign.evaluate.compare import Stage, compare, trained_on
 from diffalign.evaluate.shards import blocks
 from diffalign.evaluate.sides import Side, draw_and_keep, draw_side
@@ -48,7 +49,7 @@ def test_every_model_has_its_own_verdict(found):
     assert found.statistics is found.results["aligned"]
     alone = compare({name: MODELS[name] for name in ("base", "broken")}, prompts(60), spec(), progress=None)
     assert alone.results["broken"] == found.results["broken"]
-    assert set(found.categories) == set(found.models) == set(found.drift)
+    assert set(found.categories) == set(found.models) == set(found.alarms)
     assert all(list(tile.pictures) == list(MODELS) for tile in found.tiles)
     assert all(list(tile.pictures) == ["base", "aligned"] for tile in [*found.best, *found.worst])
 
@@ -102,22 +103,39 @@ def test_further_rewards_are_reported_not_judged(found, tmp_path):
     assert report["rewards"]["scenes"]["failures"] == dict.fromkeys(MODELS, 0)
     assert report["models"]["broken"]["verdict_corrected"] == "worse" and report["holm"] == found.corrected
     assert report["held_out"] is True and report["training_rewards"] == ["colourfulness", "brightness"]
-    assert report["alarm"] is None and report["identity"]["rewards"]["small"]["name"] == "compressibility"
+    assert set(report["alarm"]) >= {"fired", "reasons", "sentence"} and report["identity"]["rewards"]["small"]["name"] == "compressibility"
     assert report["comparison"]["prompts"][0]["scores"].keys() == MODELS.keys()
     assert report["comparison"]["sampling"]["seed"] == 0
     page = (tmp_path / "report.html").read_text()
-    assert "All models beside the base" in page and "Is the reward being hacked?" not in page
+    assert "All models beside the base" in page and "Is the reward being hacked?" in page
 
 
 def test_alarms_are_told(found, tmp_path):
-    from dataclasses import replace
-    said = {"fired": True, "reasons": ["brightness left the base's band"], "notes": ["few prompts"], "statistics": [
-        {"name": "brightness", "base": 0.4, "aligned": 0.8, "band_low": 0.3, "band_high": 0.5, "left": True}]}
-    report = write_report(tmp_path, Run(title="t", base_model="b"), replace(found, alarms={"aligned": said}))
-    assert report["alarm"] == said == report["models"]["aligned"]["alarm"] and report["models"]["broken"]["alarm"] is None
+    said = HACKED
+    report = write_report(tmp_path, Run(title="t", base_model="b"), replace(found, alarms={**found.alarms, "aligned": said}))
+    assert report["alarm"] == report["models"]["aligned"]["alarm"] and report["alarm"]["fired"]
+    assert report["alarm"]["sentence"] == "Reward hacking: brightness left the base's band."
     page = (tmp_path / "report.html").read_text()
-    assert "Is the reward being hacked?" in page and "brightness left the base&#39;s band" in page and "0.800 · out" in page
-    assert "few prompts" in page
+    assert "brightness left the base&#39;s band" in page and "+1.60 [+1.40, +1.80] · out" in page and "few prompts" in page
+
+
+def test_the_alarm_reads_what_was_optimised(found):
+    """One reward as it is; the judge is not held out where it was optimised itself; several as the mean of their z-scores."""
+    one = compare(MODELS, found.prompts, spec(seed=0), training=[Brightness()], progress=None)
+    scores = [side.rewards["brightness"].mean(1) for side in (one.sides["base"], one.sides["aligned"])]
+    assert one.alarms["aligned"].training.base == pytest.approx(scores[0].mean())
+    assert one.alarms["aligned"].training.aligned == pytest.approx(scores[1].mean())
+    assert one.alarms["aligned"].judge.base == pytest.approx(one.results["aligned"].base_score)
+    own = compare(MODELS, found.prompts, spec(seed=0), training=[SceneChecker()], progress=None)
+    assert own.alarms["aligned"].judge is None and own.alarms["aligned"].training.base == pytest.approx(
+        one.results["aligned"].base_score)
+    assert found.alarms["aligned"].training.base == pytest.approx(0, abs=1e-6)  # two rewards: the base is where zero lies
+
+
+HACKED = Alarm(fired=True, reasons=["brightness left the base's band"], notes=["few prompts"], prompts=30, diversity=None,
+               training=None, judge=None, gap=None, doubted=False, statistics=[Statistic(
+                   name="brightness", base=0.4, aligned=0.8, shift=1.6, low=1.4, high=1.8, band_low=-1.0, band_high=1.0,
+                   left=True)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +217,7 @@ def test_a_side_with_rewards_survives_its_file(tmp_path):
     made = draw_side(side(0.5, 1), prompts(5), None, spec(seed=0, seeds=2), rewards=rewards)
     made.save(tmp_path / "s.npz")
     again = Side.load(tmp_path / "s.npz")
-    assert list(again.rewards) == ["a/b", "c"] and np.isnan(again.scores).all() and made.statistics.shape == (3, 5, 2)
+    assert list(again.rewards) == ["a/b", "c"] and np.isnan(again.scores).all() and made.statistics.shape == (9, 5, 2)
     assert all(np.array_equal(made.rewards[name], again.rewards[name]) for name in made.rewards)
     assert np.array_equal(made.rewards["a/b"], made.statistics[0].astype(np.float32))  # brightness is the first statistic
 
