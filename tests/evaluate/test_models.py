@@ -103,7 +103,8 @@ def test_further_rewards_are_reported_not_judged(found, tmp_path):
     assert report["rewards"]["scenes"]["failures"] == dict.fromkeys(MODELS, 0)
     assert report["models"]["broken"]["verdict_corrected"] == "worse" and report["holm"] == found.corrected
     assert report["held_out"] is True and report["training_rewards"] == ["colourfulness", "brightness"]
-    assert set(report["alarm"]) >= {"fired", "reasons", "sentence"} and report["identity"]["rewards"]["small"]["name"] == "compressibility"
+    assert set(report["alarm"]) >= {"fired", "reasons", "sentence"}
+    assert report["identity"]["rewards"]["small"]["name"] == "compressibility"
     assert report["comparison"]["prompts"][0]["scores"].keys() == MODELS.keys()
     assert report["comparison"]["sampling"]["seed"] == 0
     page = (tmp_path / "report.html").read_text()
@@ -219,7 +220,7 @@ def test_a_side_with_rewards_survives_its_file(tmp_path):
     again = Side.load(tmp_path / "s.npz")
     assert list(again.rewards) == ["a/b", "c"] and np.isnan(again.scores).all() and made.statistics.shape == (9, 5, 2)
     assert all(np.array_equal(made.rewards[name], again.rewards[name]) for name in made.rewards)
-    assert np.array_equal(made.rewards["a/b"], made.statistics[0].astype(np.float32))  # brightness is the first statistic
+    assert np.allclose(made.rewards["a/b"], made.statistics[0], atol=1e-6)  # brightness is the first statistic
 
 
 def test_blocks_do_not_depend_on_the_number_of_processes():
