@@ -29,6 +29,8 @@ from .errors import ConfigError
 from .evaluate.spec import EvaluateSpec
 from .models.references import REFERENCES, Frozen, Past, Reference
 from .models.spec import ModelSpec
+from .rewards.heads import Head
+from .rewards.learned import HEADS
 from .train.spec import TrainSpec
 
 
@@ -65,6 +67,7 @@ _SLOTS = {
     process.Sequence: (process.SEQUENCES, "random", None),
     Reference: (REFERENCES, "frozen", None),
     rewards.Reward: (rewards.REWARDS, None, "diffalign.rewards"),
+    Head: (HEADS, "bradley_terry", None),
     SourceSpec: (SOURCES, "stored", None),
 }
 

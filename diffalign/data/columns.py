@@ -33,6 +33,7 @@ from .images import MAX_BYTES
 from .spec import DataSpec
 
 PROMPTS = ("prompt", "caption", "text")
+USERS = ("user_id", "user")
 NAMED = 1000  # bad rows kept by name; beyond it they are only counted
 
 
@@ -59,7 +60,8 @@ class ImageRef:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One group. id: the row's number in its data set, whatever was dropped before it. utility: one float32-exact number per
-    image, higher is better. soft: probability that the best is truly preferred, or None for a hard label."""
+    image, higher is better. soft: probability that the best is truly preferred, or None for a hard label. user: who judged,
+    from the column user_id or user, or None."""
 
     id: int
     prompt: str
@@ -67,6 +69,7 @@ class Row:
     utility: tuple[float, ...]
     soft: float | None
     where: str
+    user: str | None = None
 
     @property
     def tie(self) -> bool:
@@ -206,7 +209,8 @@ def _row(number: int, where: str, root: Path | None, columns: dict, layout: str)
     except _Field as error:
         raise DataError(f"{where}: {error.args[0]}: {error.args[1]}") from None
     tied = len(utility) > 1 and min(utility) == max(utility)
-    return Row(id=number, prompt=prompt, images=tuple(images), utility=utility, soft=0.5 if tied else soft, where=where)
+    return Row(id=number, prompt=prompt, images=tuple(images), utility=utility, soft=0.5 if tied else soft, where=where,
+               user=_user(columns))
 
 
 def _float32(values: Iterable[float]) -> tuple[float, ...]:
@@ -348,6 +352,14 @@ def _prompt(columns: dict) -> str:
     except UnicodeEncodeError:
         raise _Field(name, "no valid Unicode text") from None
     return value
+
+
+def _user(columns: dict) -> str | None:
+    """As text, so that 7, 7.0 (a column with gaps) and "7" are one person."""
+    value = next((columns[name] for name in USERS if columns.get(name) is not None), None)
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else None if math.isnan(value) else value
+    return None if value is None or isinstance(value, (dict, list, bytes)) else str(value) or None
 
 
 def _image(value, column: str, root: Path | None, where: str) -> ImageRef:
