@@ -118,8 +118,8 @@ def tastes(tmp_path_factory):
 
 def trained(folder, clip, tastes, head):
     data = DataSpec(path=str(tastes / "train.jsonl"), validation=str(tastes / "held.jsonl"))
-    recipe = RewardRecipe(output_dir=str(folder), backbone=clip, data=data, head=head, epochs=40, batch_size=40, patience=0,
-                          learning_rate=3e-3, balance="users")
+    recipe = RewardRecipe(output_dir=str(folder), backbone=clip, data=data, head=head, epochs=25, batch_size=80, patience=0,
+                          learning_rate=5e-3, balance="users")
     return train_reward(recipe, lambda _: None)
 
 
