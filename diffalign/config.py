@@ -39,6 +39,9 @@ from .evaluate.monitor import MonitorSpec
 from .evaluate.spec import CheckSpec, EvaluateSpec
 from .models.references import REFERENCES, Frozen, Past, Reference
 from .models.spec import ModelSpec
+from .reward_training.spec import RewardRecipe
+from .rewards.heads import Head
+from .rewards.learned import HEADS
 from .train.spec import TrainSpec
 
 
@@ -96,6 +99,7 @@ _SLOTS = {
     process.Sequence: (process.SEQUENCES, "random", None),
     Reference: (REFERENCES, "frozen", None),
     rewards.Reward: (rewards.REWARDS, None, "diffalign.rewards"),
+    Head: (HEADS, "bradley_terry", None),
     SourceSpec: (SOURCES, "stored", None),
     Utility: (UTILITIES, None, None),
     Select: (SELECTS, "groups", None),
@@ -125,6 +129,11 @@ def load_build(path: str | Path, overrides: typing.Sequence[str] = ()) -> BuildS
 def load_rich(path: str | Path, overrides: typing.Sequence[str] = ()) -> RichSpec:
     """A recipe of rich feedback, read as ``load_recipe`` reads one. Raises ConfigError naming the option's path."""
     return _build(RichSpec, _overridden(read_tree(Path(path)), overrides), "")
+
+
+def load_reward_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> RewardRecipe:
+    """A recipe of ``diffalign train-reward``, read as ``load_recipe`` reads one. Raises ConfigError."""
+    return _build(RewardRecipe, _overridden(read_tree(Path(path)), overrides), "")
 
 
 def load_score(rewards: str, data: str, overrides: typing.Sequence[str] = ()) -> ScoreSpec:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.config import load_build, load_recipe
+from diffalign.config import load_build, load_recipe, load_reward_recipe
 from diffalign.evaluate.cost import groups_per_step
 
 ROOT = Path(__file__).parents[2]
 BUILDS = sorted((ROOT / "configs" / "build").glob("*.yaml"))
-RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*BUILDS})
+REWARDS = sorted((ROOT / "configs" / "rewards").glob("*.yaml"))
+RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*BUILDS, *REWARDS})
 
 
 def test_the_promised_recipes_are_there():
@@ -51,3 +52,10 @@ def test_build_recipe(path):
     for model in spec.models.values():
         name = model.pretrained_model_name_or_path
         assert (ROOT / name).exists() or re.fullmatch(r"[0-9a-f]{40}", model.revision or ""), "a hub id is pinned to a commit"
+
+
+@pytest.mark.parametrize("path", REWARDS, ids=lambda p: p.name)
+def test_reward_recipe(path):
+    recipe, text = load_reward_recipe(path), path.read_text()
+    assert text.startswith(f"# diffalign train-reward {path.relative_to(ROOT)}") and len(text.splitlines()) <= 45
+    assert (ROOT / recipe.backbone).exists() or re.fullmatch(r"[0-9a-f]{40}", recipe.backbone_revision or "")
