@@ -23,13 +23,17 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from . import likelihood, objectives, process, rewards
-from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
+from .data.sources import Online, SemiPolicy, Stored
 from .data.spec import DataSpec
+from .data.stepwise import JUDGES, THRESHOLDS, StepJudge, Stepwise, Threshold
 from .errors import ConfigError
 from .evaluate.spec import EvaluateSpec
 from .models.references import REFERENCES, Frozen, Past, Reference
 from .models.spec import ModelSpec
 from .train.spec import TrainSpec
+
+SOURCES = {"stored": Stored, "semi_policy": SemiPolicy, "online": Online, "stepwise": Stepwise}
+SourceSpec = Stored | SemiPolicy | Online | Stepwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,8 @@ _SLOTS = {
     Reference: (REFERENCES, "frozen", None),
     rewards.Reward: (rewards.REWARDS, None, "diffalign.rewards"),
     SourceSpec: (SOURCES, "stored", None),
+    StepJudge: (JUDGES, None, None),
+    Threshold: (THRESHOLDS, "constant", None),
 }
 
 
@@ -497,35 +503,39 @@ def _cross_check(recipe: Recipe) -> None:
     if isinstance(recipe.source, SemiPolicy) and recipe.source.weights == "reference" and len(reference.names) > 1:
         raise ConfigError("reference.origin_share: samples come from one reference, but the likelihood would be measured "
                           "against two; set it to 0, or source.weights=origin")
-    if isinstance(recipe.source, Online) and recipe.data.random_flip:
-        raise ConfigError("data.random_flip: with source.kind=online no stored picture is read, so there is none to mirror; "
+    if recipe.source.reads_prompts_only and recipe.data.random_flip:
+        raise ConfigError("data.random_flip: with this source.kind no stored picture is read, so there is none to mirror; "
                           "set it to false")
-    if isinstance(recipe.source, Online) and recipe.data.caption_dropout:
+    if recipe.source.reads_prompts_only and recipe.data.caption_dropout:
         raise ConfigError("data.caption_dropout: a sample drawn without its prompt would be scored against it; set it to 0 "
-                          "with source.kind=online")
+                          "with this source.kind")
 
 
 def _check_paths(recipe: Recipe) -> None:
     """Step densities need samples with a path, drawn exactly as the estimator reads them."""
     estimator, source = recipe.likelihood, recipe.source
-    if not isinstance(estimator, likelihood.Transitions):
+    if isinstance(source, Stepwise) and not isinstance(estimator, likelihood.Transitions):
+        raise ConfigError("likelihood.kind: source.kind=stepwise compares single steps of the sampler, whose density is "
+                          "likelihood.kind=transitions")
+    if not isinstance(estimator, likelihood.Transitions) or isinstance(source, Stepwise):
         return
     if not isinstance(source, Online):
-        raise ConfigError("likelihood.kind: 'transitions' reads the paths of samples, which source.kind=online draws; a data "
-                          "set's pictures have none, they need likelihood.kind=denoising")
-    for name in ("solver", "timesteps"):
-        if getattr(source.sampler, name) != getattr(estimator, name):
-            raise ConfigError(f"source.sampler.{name}: {getattr(source.sampler, name)} is not likelihood.{name} "
-                              f"{getattr(estimator, name)}; the density must be that of the sampler")
+        raise ConfigError("likelihood.kind: 'transitions' reads the paths of samples, which source.kind=online and stepwise "
+                          "draw; a data set's pictures have none, they need likelihood.kind=denoising")
+    if source.sampler.solver == "ddim":
+        raise ConfigError("source.sampler.solver: ddim is deterministic (eta 0), and a step without noise has no density; use "
+                          "solver=ancestral, or lcm for models that were distilled for it")
+    if len(source.sampler.times()) < 2:
+        raise ConfigError("source.sampler.steps: one step leads straight to the picture and has no density; use more")
     if source.sampler.guidance_scale != 1:
-        raise ConfigError("source.sampler.guidance_scale: must be 1 for likelihood.kind=transitions, whose density knows no "
-                          "guidance")
+        raise ConfigError("source.sampler.guidance_scale: must be 1 for whole paths (source.kind=online with "
+                          "likelihood.kind=transitions); source.kind=stepwise knows guidance")
 
 
 def check_layout(recipe: Recipe, layout: str) -> None:
     """Raises ConfigError when data of this layout cannot serve the objective. "auto" passes: nothing is known yet."""
     objective, title = recipe.objective, objectives.title_of(recipe.objective)
-    if isinstance(recipe.source, Online):  # reads prompts only
+    if recipe.source.reads_prompts_only:
         return
     if layout == "prompts":
         raise ConfigError("data.layout: 'prompts' has no pictures; give preference data, or source.kind=online with a reward")

@@ -61,9 +61,8 @@ class Encoders(EncoderFacts):
         with self._float32():
             return _float(self.adapter.unconditional(self.pipe))
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: [N, C, h, w], unit variance -> pixels [N, 3, H, W] float32 in [-1, 1]."""
+        """latents: [N, C, h, w], unit variance -> pixels [N, 3, H, W] float32 in [-1, 1], with gradient if one is wanted."""
         shift, scale = self._scaling()
         with self._float32():
             pixels = self.pipe.vae.decode(latents.to(self.device, torch.float32) / scale + shift, return_dict=False)[0]

@@ -11,6 +11,7 @@ import torch
 from .. import data
 from ..config import Recipe, check_layout
 from ..data.sources import Online, Sampled, Stored
+from ..data.stepwise import Stepwise, StepwiseSource
 from ..errors import ConfigError
 from ..evaluate.prompts import read_prompts
 from ..likelihood import Transitions
@@ -27,6 +28,7 @@ from ..train import world_of
 from ..types import Memory
 
 PROBE = 64  # winners that a gated reference is measured on
+FEW = 8  # timesteps of a schedule that only a distilled model can draw with
 
 
 def check_before(recipe: Recipe) -> None:
@@ -34,15 +36,16 @@ def check_before(recipe: Recipe) -> None:
     check_layout(recipe, data.detect_layout(recipe.data))
     _check_distilled(recipe)
     check_evaluate(recipe)
-    if isinstance(recipe.source, Online):
-        check_reward(recipe.source.reward)
+    reward = getattr(getattr(recipe.source, "judge", recipe.source), "reward", None)
+    if reward is not None:
+        check_reward(reward)
 
 
 def _check_distilled(recipe: Recipe) -> None:
     """A model that was not distilled has learned nothing of drawing in four steps; training it there would only blur it."""
     places = (("likelihood.times", getattr(recipe.likelihood, "times", None)), ("likelihood", recipe.likelihood),
               ("source.sampler", recipe.source.sampler))
-    name = next((name for name, part in places if getattr(part, "timesteps", None)), None)
+    name = next((name for name, part in places if 0 < len(getattr(part, "timesteps", None) or ()) <= FEW), None)
     if name is not None and not is_distilled(recipe.model):
         raise ConfigError(f"{name}.timesteps: a few-step schedule, but as far as its files tell "
                           f"{recipe.model.pretrained_model_name_or_path} was not distilled; use a model that was, name its "
@@ -157,6 +160,10 @@ def source_of(recipe: Recipe, stored: data.Offline, bank: WeightBank, accelerato
     spec, device = recipe.source, accelerator.device
     if isinstance(spec, Stored):
         return stored
+    if isinstance(spec, Stepwise):
+        world = world_of(accelerator)
+        return StepwiseSource(stored, spec, lambda: context(recipe, bank, accelerator), _decoder(recipe, device),
+                              device=device, pairs=recipe.train.train_batch_size, most=lambda n: max(map(int, world.gather(str(n)))))
     empty = stored.unconditional()
 
     def draw(cond, keys, shape):
@@ -167,17 +174,27 @@ def source_of(recipe: Recipe, stored: data.Offline, bank: WeightBank, accelerato
         return tuple(x.cpu() for x in spec.sampler(ctx, spec.weights, cond.to(device), keys, shape, nothing))
 
     return Sampled(stored, spec, draw, _score(recipe, device) if isinstance(spec, Online) else None,
-                   paths=isinstance(recipe.likelihood, Transitions))
+                   levels=spec.sampler.levels(bank.denoiser.process) if isinstance(recipe.likelihood, Transitions) else None)
 
 
 def _score(recipe: Recipe, device) -> Callable:
-    """Latents and prompts -> scores of the recipe's reward. The VAE stays in memory."""
-    encoders = load_encoders(recipe.model, device)
+    """Latents and prompts -> scores of the recipe's reward."""
+    decode = _decoder(recipe, device)
 
     def score(x0, prompts):
-        pictures = torch.cat([encoders.decode(part.to(device)) for part in x0.split(recipe.data.encode_batch_size)])
-        return judged(recipe.source.reward, list((pictures.cpu() + 1) / 2), prompts)
+        with torch.no_grad():
+            return judged(recipe.source.reward, list(decode(x0).cpu()), prompts)
     return score
+
+
+def _decoder(recipe: Recipe, device) -> Callable:
+    """Latents [N, *S] -> pictures [N, 3, H, W] in [0, 1]. The VAE stays in memory."""
+    encoders = load_encoders(recipe.model, device)
+
+    def decode(x0):
+        parts = x0.split(recipe.data.encode_batch_size)
+        return (torch.cat([encoders.decode(part.to(device)) for part in parts]) + 1) / 2
+    return decode
 
 
 def _attention(denoiser: Denoiser, recipe: Recipe) -> None:
