@@ -300,7 +300,8 @@ class StepwiseSource:
         empty = None if walk.empty is None else replace(walk.empty.to("cpu"), extra=extra)
         cond = replace(walk.cond.to("cpu"), extra=extra)
         shared = before[:, :1] if self.spec.block == 1 else before
-        steps = Steps(x_t=shared, x_s=after, t=t, s=s, solver=spec.solver, eta=spec.eta, guidance_scale=spec.guidance_scale, unconditional=empty)
+        steps = Steps(x_t=shared, x_s=after, t=t, s=s, solver=spec.solver, eta=spec.eta,
+                      guidance_scale=spec.guidance_scale, unconditional=empty)
         return {"x0": after, "cond": cond, "utility": scores[rows, picked].nan_to_num(0.0), "steps": steps,
                 "valid": valid[:, None].expand(b, 2).clone()}
 

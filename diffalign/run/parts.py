@@ -163,7 +163,8 @@ def source_of(recipe: Recipe, stored: data.Offline, bank: WeightBank, accelerato
     if isinstance(spec, Stepwise):
         world = world_of(accelerator)
         return StepwiseSource(stored, spec, lambda: context(recipe, bank, accelerator), _decoder(recipe, device),
-                              device=device, pairs=recipe.train.train_batch_size, most=lambda n: max(map(int, world.gather(str(n)))))
+                              device=device, pairs=recipe.train.train_batch_size,
+                              most=lambda n: max(map(int, world.gather(str(n)))))
     empty = stored.unconditional()
 
     def draw(cond, keys, shape):
