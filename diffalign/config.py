@@ -491,6 +491,7 @@ UNSCORED = ("pickapic", "chosen_rejected", "unpaired")  # layouts that say who i
 def _cross_check(recipe: Recipe) -> None:
     check_layout(recipe, recipe.data.layout)
     _check_paths(recipe)
+    _check_latent_reward(recipe)
     objective, title, reference = recipe.objective, objectives.title_of(recipe.objective), recipe.reference
     weighting = getattr(recipe.likelihood, "weighting", likelihood.Simple())
     if not objectives.reads_weighting(objective) and not isinstance(weighting, likelihood.Simple):
@@ -509,6 +510,21 @@ def _cross_check(recipe: Recipe) -> None:
     if recipe.source.reads_prompts_only and recipe.data.caption_dropout:
         raise ConfigError("data.caption_dropout: a sample drawn without its prompt would be scored against it; set it to 0 "
                           "with this source.kind")
+
+
+def _check_latent_reward(recipe: Recipe) -> None:
+    """Its policy is a reward: it has no reference, draws no pictures and is trained whole."""
+    if not isinstance(recipe.likelihood, likelihood.LatentScores):
+        return
+    if not isinstance(recipe.objective, objectives.Pairwise) or not recipe.objective.reference_free:
+        raise ConfigError("objective: likelihood.kind=latent_reward learns scores from pairs, which have no reference; use "
+                          "objective={kind: dpo, beta: 1, reference_free: true}")
+    if recipe.model.lora is not None:
+        raise ConfigError("model.lora: likelihood.kind=latent_reward trains all weights of the reward; set it to null")
+    if not isinstance(recipe.source, Stored):
+        raise ConfigError("source.kind: likelihood.kind=latent_reward learns from stored pairs; leave it at stored")
+    if recipe.evaluate is not None:
+        raise ConfigError("evaluate: a latent reward draws no pictures; set it to null (train.json has its held-out accuracy)")
 
 
 def _check_paths(recipe: Recipe) -> None:

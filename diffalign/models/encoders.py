@@ -16,13 +16,15 @@ class EncoderFacts:
     """What is known of the encoders without loading them (``load.encoder_facts``).
 
     spatial_factor: pixels per latent number and axis. latent_channels: C. default_resolution: pixels, the denoiser's own.
-    identity: {"vae": hash, "text": hash} of weights, configurations and tokenizers, for the cache key.
+    scaling_factor, shift_factor: of the VAE's configuration. identity: {"vae": hash, "text": hash} of weights, configurations and tokenizers, for the cache key.
     """
 
     family: str
     spatial_factor: int
     latent_channels: int
     default_resolution: int
+    scaling_factor: float
+    shift_factor: float | None
     identity: dict[str, str]
 
 
@@ -44,6 +46,10 @@ class Encoders(EncoderFacts):
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels: [N, 3, H, W] in [-1, 1] -> mean and std of the posterior, [N, C, h, w] float32, scaled to unit variance."""
+        return self.posterior(pixels)
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """``encode_images``, with gradient if one is wanted."""
         with self._float32():
             posterior = self.pipe.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
         shift, scale = self._scaling()

@@ -14,9 +14,10 @@ from ..data.sources import Online, Sampled, Stored
 from ..data.stepwise import Stepwise, StepwiseSource
 from ..errors import ConfigError
 from ..evaluate.prompts import read_prompts
-from ..likelihood import Transitions
+from ..likelihood import LatentScores, Transitions
 from ..methods import Context, Preference, Probe
 from ..models.base import Denoiser, enable_gradient_checkpointing
+from ..models.latent_reward import from_denoiser
 from ..models.load import encoder_facts, inspect, is_distilled, load_denoiser, load_encoders
 from ..models.weights import WeightBank
 from ..objectives import title_of
@@ -108,6 +109,9 @@ def bank_of(recipe: Recipe, method: Preference, accelerator, cache) -> WeightBan
     dtype = torch.float32 if recipe.model.lora is None else forward
     denoiser = load_denoiser(recipe.model, dtype=dtype, device=accelerator.device)
     _attention(denoiser, recipe)
+    if isinstance(recipe.likelihood, LatentScores):
+        denoiser = from_denoiser(denoiser, recipe.model, guidance_scale=recipe.likelihood.guidance_scale, seed=recipe.seed,
+                                 text_projection=recipe.likelihood.text_projection)
     bank = WeightBank.build(denoiser, recipe.model.lora, reads=_reads(recipe, method), seed=recipe.seed,
                             forward_dtype=forward, rule=recipe.reference)
     if recipe.train.gradient_checkpointing:
@@ -189,12 +193,14 @@ def _score(recipe: Recipe, device) -> Callable:
 
 
 def _decoder(recipe: Recipe, device) -> Callable:
-    """Latents [N, *S] -> pictures [N, 3, H, W] in [0, 1]. The VAE stays in memory."""
-    encoders = load_encoders(recipe.model, device)
+    """Latents [N, *S] -> pictures [N, 3, H, W] in [0, 1]. The VAE is loaded when first asked, and stays in memory."""
+    loaded = []
 
     def decode(x0):
+        if not loaded:  # a judge of latents never asks
+            loaded.append(load_encoders(recipe.model, device))
         parts = x0.split(recipe.data.encode_batch_size)
-        return (torch.cat([encoders.decode(part.to(device)) for part in parts]) + 1) / 2
+        return (torch.cat([loaded[0].decode(part.to(device)) for part in parts]) + 1) / 2
     return decode
 
 
