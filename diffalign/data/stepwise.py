@@ -19,6 +19,7 @@ from ..process.solver import at, bridge_std, guided, stochastic_step
 from ..rewards import Reward, columns_of, judged
 from ..sampling.latents import Sampler
 from ..types import Batch, Cond, Steps
+from .judges import LatentJudge
 from .offline import Offline
 from .sources import sizes_of_samples
 
@@ -28,7 +29,8 @@ from .sources import sizes_of_samples
 class StepJudge(Protocol):
     """(x [N, *S] at levels t [N], x0 [N, *S] or None, prompts) -> [N] float32, higher is better, NaN for what it cannot rank.
 
-    predicts: whether it reads the model's prediction of the picture, x0. decode: latents -> pictures [N, 3, H, W] in [0, 1].
+    predicts: whether it reads the model's prediction of the picture, x0. time, where it has one: "parent" gets it the levels
+    that the children came from. decode: latents -> pictures [N, 3, H, W] in [0, 1].
     """
 
     predicts: bool
@@ -87,7 +89,7 @@ class Dynamic:
         return self.low + (std - std.min()) / spread.clamp(min=1e-12) * (self.high - self.low)
 
 
-JUDGES = {"predicted_image": PredictedImage}
+JUDGES = {"predicted_image": PredictedImage, "latent": LatentJudge}
 THRESHOLDS = {"constant": Constant, "dynamic": Dynamic}
 Threshold = Constant | Dynamic
 
@@ -252,6 +254,8 @@ class StepwiseSource:
         raw = self._predict(ctx, replace(wide, x=x), level) if spec.judge.predicts else None
         t = level.expand(len(x))
         x0 = None if raw is None else ctx.param.to_x0(raw, at(ctx.process, x, t))
+        if getattr(spec.judge, "time", "own") == "parent":
+            t = levels[n + count - 1].expand(len(x))
         scores = spec.judge(x, t, x0, wide.prompts, self.decode).float().cpu().view(b, k)
         best, worst, valid = _ends(scores, limit)
         picked = torch.stack([best, worst], 1)

@@ -41,8 +41,9 @@ def _stepwise(recipe) -> float:
     own = walked if not children else walked - len(forks) + 1
     branches = len(forks) * (source.block - 1) * (source.candidates - 1)
     rollout = twice * (own + branches + len(forks) * children)
+    judging = len(forks) * source.candidates * getattr(source.judge, "forwards", 0)
     training = twice * states * (1 + BACKWARD + len({*method.reads} - {"policy"}))
-    return training + rollout / compared
+    return training + (rollout + judging) / compared
 
 
 def groups_per_step(recipe) -> int:

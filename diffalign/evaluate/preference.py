@@ -252,9 +252,9 @@ def _accuracy(margin: Tensor, t: Tensor) -> Accuracy:
     single = _right(margin)
     low, high = wilson(float(right.mean()), len(right))
     index = (t * BINS).long().clamp(0, BINS - 1)
-    bins = [_bin(single, index == i) for i in range(BINS)]
-    return Accuracy(value=float(right.mean()), low=low, high=high, per_draw=float(single.mean()),
-                    **{name: [found[i] for found in bins] for i, name in enumerate(("by_time", "by_time_low", "by_time_high"))})
+    by_time, by_time_low, by_time_high = zip(*(_bin(single, index == i) for i in range(BINS)), strict=True)
+    return Accuracy(value=float(right.mean()), low=low, high=high, per_draw=float(single.mean()), by_time=list(by_time),
+                    by_time_low=list(by_time_low), by_time_high=list(by_time_high))
 
 
 def _bin(single: Tensor, there: Tensor) -> tuple[float | None, float | None, float | None]:

@@ -16,7 +16,8 @@ class EncoderFacts:
     """What is known of the encoders without loading them (``load.encoder_facts``).
 
     spatial_factor: pixels per latent number and axis. latent_channels: C. default_resolution: pixels, the denoiser's own.
-    scaling_factor, shift_factor: of the VAE's configuration. identity: {"vae": hash, "text": hash} of weights, configurations and tokenizers, for the cache key.
+    scaling_factor, shift_factor: of the VAE's configuration. identity: {"vae": hash, "text": hash} of weights, configurations
+    and tokenizers, for the cache key.
     """
 
     family: str

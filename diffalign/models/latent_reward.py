@@ -17,13 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _compat  # noqa: F401  (before diffusers)
 from .. import rng
 from ..errors import ModelError
 from ..process import Parameterization, Process
 from ..types import Cond
 from .base import Adapter, Denoiser, unwrap
-from .encoders import EncoderFacts
 from .folder import check_weights, content, read_json, weight_files
 from .load import FAMILIES, download, encoder_facts, inspect, load_encoders, loading
 from .spec import ModelSpec
@@ -154,7 +152,7 @@ def read_facts(folder: Path | str) -> Facts:
                          "writes with likelihood.kind=latent_reward")
     tree = read_json(folder / CONFIG, str(folder))
     if tree.pop("_class_name", None) != "LatentReward" or tree.pop("format", None) != FORMAT:
-        raise ModelError(f"{folder}: {CONFIG} is not that of a latent reward model (_class_name LatentReward, format {FORMAT})")
+        raise ModelError(f"{folder}: {CONFIG} is not that of a latent reward model (LatentReward, format {FORMAT})")
     names = {f.name for f in fields(Facts)}
     if tree.keys() != names or tree["family"] not in FAMILIES:
         wrong = sorted(tree.keys() ^ names) or [f"family {str(tree['family'])[:40]}"]
@@ -182,8 +180,8 @@ def check_latents(folder: Path | str, spec: ModelSpec, *, same_latents: bool = F
             raise ModelError(f"{folder}: was trained on latents with {what} {ours}, those of {name} have {theirs}; train a "
                              "latent reward model on this base")
     if facts.vae != found.identity["vae"] and not same_latents:
-        raise ModelError(f"{folder}: was trained on the latents of another VAE than that of {name}; train one on this base, or "
-                         "set same_latents=true if you know that the two VAEs share their latent space")
+        raise ModelError(f"{folder}: was trained on the latents of another VAE than that of {name}; train one on this base, "
+                         "or set same_latents=true if you know that the two VAEs share their latent space")
     pipeline, adapter = inspect(spec)
     theirs = adapter.assemble(nn.Linear(1, 1), pipeline.config("scheduler")).process
     if not _same_schedule(facts.process, theirs):

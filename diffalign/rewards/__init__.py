@@ -5,6 +5,7 @@
 from .aesthetic import Aesthetic
 from .base import Reward, check, columns_of, identity, judged
 from .clip import ClipScore, HPSv2, PickScore
+from .latent import Latent
 from .mps import MPS
 from .rules import Brightness, Colourfulness, Compressibility
 from .scenes import SceneChecker
@@ -19,6 +20,7 @@ REWARDS = {
     "hpsv2": HPSv2,
     "aesthetic": Aesthetic,
     "mps": MPS,
+    "latent": Latent,
 }
 
 __all__ = ["REWARDS", "Reward", "check", "columns_of", "identity", "judged"]

@@ -18,7 +18,7 @@ from ..likelihood import LatentScores, Transitions
 from ..methods import Context, Preference, Probe
 from ..models.base import Denoiser, enable_gradient_checkpointing
 from ..models.latent_reward import from_denoiser
-from ..models.load import encoder_facts, inspect, is_distilled, load_denoiser, load_encoders
+from ..models.load import encoder_facts, inspect, is_distilled, load_denoiser, load_encoders, model_identity
 from ..models.weights import WeightBank
 from ..objectives import title_of
 from ..objectives.sft import winners
@@ -37,9 +37,18 @@ def check_before(recipe: Recipe) -> None:
     check_layout(recipe, data.detect_layout(recipe.data))
     _check_distilled(recipe)
     check_evaluate(recipe)
-    reward = getattr(getattr(recipe.source, "judge", recipe.source), "reward", None)
+    judge = getattr(recipe.source, "judge", None)
+    reward = getattr(judge or recipe.source, "reward", None)
     if reward is not None:
         check_reward(reward)
+    if hasattr(judge, "check_for"):
+        judge.check_for(recipe.model)
+
+
+def identity_of(recipe: Recipe) -> dict[str, str]:
+    """Hashes of what a run depends on besides its data: one with another base or judge must not continue it."""
+    judge = getattr(recipe.source, "judge", None)
+    return {"base": model_identity(recipe.model), **({"judge": judge.identity()} if hasattr(judge, "identity") else {})}
 
 
 def _check_distilled(recipe: Recipe) -> None:

@@ -46,7 +46,7 @@ def train(recipe: Recipe, printer: Printer = silent) -> dict:
         say(line)
     hooks = [_ResolvedConfig(recipe)] if accelerator.is_main_process else []
     summary = fit(hooks=hooks, method=method, bank=bank, source=source, spec=recipe.train, seed=recipe.seed,
-                  output_dir=output_dir, config=as_tree(recipe), accelerator=accelerator, identity={"base": base},
+                  output_dir=output_dir, config=as_tree(recipe), accelerator=accelerator, identity=parts.identity_of(recipe),
                   metadata=_metadata(recipe),
                   validation=None if heldout is None else _validation(recipe, method, heldout, accelerator))
     facts = {**dataclasses.asdict(summary), "pairs": source.groups, "objective": method_name(recipe), "base": base,
