@@ -35,9 +35,9 @@ class Consistent:
         if not self.least:
             raise ValueError("least names no reward; give name: smallest gap, such as {clip: 0}")
         for name, values in (("least", self.least), ("ties", self.ties or {})):
-            wrong = next((value for value in values.values() if not math.isfinite(value) or name == "ties" and value < 0), None)
-            if wrong is not None:
-                raise ValueError(f"{name} must hold numbers{' from 0' if name == 'ties' else ''}, got {wrong}")
+            low = 0 if name == "ties" else -math.inf
+            if not all(math.isfinite(value) and value >= low for value in values.values()):
+                raise ValueError(f"{name} must hold numbers{' from 0' if low == 0 else ''}, got {values}")
 
     def __call__(self, groups: Sequence[Group], *, folder: Path, seed: int) -> Kept:
         """Raises DataError for a reward that no candidate was scored with."""
@@ -51,7 +51,8 @@ class Consistent:
         known = {name for group in groups for candidate in group.candidates for name in candidate.scores}
         lost = next((name for name in (*self.least, *(self.ties or {})) if name not in known), None)
         if groups and lost is not None:
-            raise DataError(f'no candidate has a score of the reward "{lost}"; scored were: {", ".join(sorted(known)) or "none"}')
+            scored = ", ".join(sorted(known)) or "none"
+            raise DataError(f'no candidate has a score of the reward "{lost}"; scored were: {scored}')
 
     def _reason(self, group: Group) -> str | None:
         """Why a group is dropped, or None."""

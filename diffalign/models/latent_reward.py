@@ -342,7 +342,8 @@ def from_denoiser(denoiser: Denoiser, spec: ModelSpec, *, guidance_scale: float 
                   scheduler=folder.config("scheduler"), trunk=json.loads(json.dumps(config, default=str)))
     device = next(module.parameters()).device
     TRUNKS[adapter.module_class].cut(module)
-    model = LatentReward(denoiser, facts, Cond(tokens=tokens, pooled=pooled))
+    with torch.random.fork_rng(devices=[]):  # torch draws first weights that are overwritten below
+        model = LatentReward(denoiser, facts, Cond(tokens=tokens, pooled=pooled))
     model.reset(rng.integer(seed, "latent_reward"), None if text_projection is None else _projection(text_projection))
     return _scorer(model.to(device), denoiser)
 
@@ -356,6 +357,11 @@ def load_scorer(folder: Path | str, device: str | torch.device = "cpu") -> Score
         state = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
         with torch.device("meta"):
             model = build(facts, Cond(tokens=state["empty_tokens"], pooled=state["empty_pooled"]))
+    missing = sorted(model.state_dict().keys() ^ state.keys())
+    if missing:
+        raise ModelError(f"{folder}: {len(missing)} tensors are missing or unknown, first {missing[0]}; the weights do not "
+                         f"belong to {CONFIG}")
+    with loading(str(folder)):
         model.load_state_dict(state, assign=True)
     model = model.to(device).eval().requires_grad_(False)
     return _scorer(model, model.adapter)
@@ -367,7 +373,9 @@ def build(facts: Facts, empty: Cond) -> LatentReward:
 
     trunk = getattr(diffusers, facts.adapter.module_class).from_config(facts.trunk)
     TRUNKS[facts.adapter.module_class].cut(trunk)
-    return LatentReward(facts.adapter.assemble(trunk, facts.scheduler), facts, empty)
+    with torch.device("cpu"):  # where noise schedules live
+        adapter = facts.adapter.assemble(trunk, facts.scheduler)
+    return LatentReward(adapter, facts, empty)
 
 
 def _scorer(model: LatentReward, adapter: Denoiser) -> Scorer:
