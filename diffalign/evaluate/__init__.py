@@ -11,6 +11,8 @@ _PUBLIC = {
     "read_prompts": "prompts", "Prompts": "prompts",
     "lora_off_and_on": "compare", "picture_seeds": "compare", "Comparison": "compare",
     "paired": "statistics", "Paired": "statistics", "wilson": "statistics",
+    "Vote": "ratings", "compare_votes": "ratings", "compare_scores": "ratings", "bradley_terry": "ratings",
+    "win_fractions": "ratings", "KSort": "ratings", "matchmake": "ratings",
     "heldout_preference": "preference", "HeldoutPreference": "preference", "before_and_after": "preference",
     "Run": "report", "write_report": "report", "write_grid": "report",
     "write_card": "card",

@@ -117,11 +117,11 @@ def bootstrap(rows: np.ndarray, *, seed: int, resamples: int) -> list[tuple[floa
         picked = draw.integers(0, count, size=(min(block, resamples - start), count))
         parts.append(np.stack([row[picked].mean(1) for row in rows], axis=1))
     means = np.concatenate(parts)  # [resamples, R]
-    tail = _expanded_tail(count)
+    tail = expanded_tail(count)
     return [(float(low), float(high)) for low, high in np.quantile(means, [tail, 1 - tail], axis=0).T]
 
 
-def _expanded_tail(count: int) -> float:
+def expanded_tail(count: int) -> float:
     """Share of the resampled means left out at each end: 2.5 % for many prompts, less for few."""
     if count < 2:
         return 0.0

@@ -2,7 +2,10 @@
 "diffalign.rewards" of its package, or from a file that the command line names with --rewards-from.
 """
 
+from .aesthetic import Aesthetic
 from .base import Reward, check, columns_of, identity, judged
+from .clip import ClipScore, HPSv2, PickScore
+from .mps import MPS
 from .rules import Brightness, Colourfulness, Compressibility
 from .scenes import SceneChecker
 
@@ -11,6 +14,11 @@ REWARDS = {
     "brightness": Brightness,
     "colourfulness": Colourfulness,
     "compressibility": Compressibility,
+    "clip": ClipScore,
+    "pickscore": PickScore,
+    "hpsv2": HPSv2,
+    "aesthetic": Aesthetic,
+    "mps": MPS,
 }
 
 __all__ = ["REWARDS", "Reward", "check", "columns_of", "identity", "judged"]

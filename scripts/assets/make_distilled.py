@@ -22,6 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from diffalign import _compat  # noqa: F401  (before diffusers: it mends a torchvision that does not fit torch)
+
+# isort: split
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

@@ -18,6 +18,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+
+from diffalign import _compat  # noqa: F401  (before diffusers: it mends a torchvision that does not fit torch)
+
+# isort: split
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
