@@ -24,10 +24,9 @@ from ..types import Cond
 from .base import Adapter, Denoiser, unwrap
 from .folder import check_weights, content, read_json, weight_files
 from .load import FAMILIES, download, encoder_facts, inspect, load_encoders, loading
-from .spec import ModelSpec
+from .spec import LATENT_REWARD, ModelSpec
 
 FORMAT, CONFIG, WEIGHTS = 1, "config.json", "model.safetensors"
-COMPONENT = "latent_reward"  # its folder in a run's output_dir
 TAU = 2.6592  # log of CLIP's first temperature, 14.285
 SPREAD = 0.02  # standard deviation of the visual projection's first weights
 SHARE = 0.75  # of a DiT's layers
@@ -148,8 +147,8 @@ def read_facts(folder: Path | str) -> Facts:
     """From config.json and the headers of the weights. Raises ModelError for what is no latent reward model."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder; a latent reward model is the folder {COMPONENT}/ that `diffalign train` "
-                         "writes with likelihood.kind=latent_reward")
+        raise ModelError(f"{folder}: no such folder; a latent reward model is the folder {LATENT_REWARD}/ that "
+                         "`diffalign train` writes with likelihood.kind=latent_reward")
     tree = read_json(folder / CONFIG, str(folder))
     if tree.pop("_class_name", None) != "LatentReward" or tree.pop("format", None) != FORMAT:
         raise ModelError(f"{folder}: {CONFIG} is not that of a latent reward model (LatentReward, format {FORMAT})")
@@ -306,7 +305,7 @@ class Scorer:
     param: Parameterization
     process: Process
     identity: str
-    component: str = COMPONENT
+    component: str = LATENT_REWARD
     lora_targets: tuple[str, ...] = ()
     dtype: torch.dtype = field(default=torch.float32)
 

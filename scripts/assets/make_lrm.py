@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from diffalign.config import load_recipe
-from diffalign.models.latent_reward import COMPONENT, load_scorer
+from diffalign.models.latent_reward import load_scorer
+from diffalign.models.spec import LATENT_REWARD
 from diffalign.run import train
 
 
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", default="assets/tiny-lrm")
     args = parser.parse_args()
     facts = train(load_recipe(args.recipe, [f"output_dir={args.work}"]), printer=print)
-    load_scorer(Path(args.work) / COMPONENT).module.save_pretrained(args.out, dtype=torch.float16)
+    load_scorer(Path(args.work) / LATENT_REWARD).module.save_pretrained(args.out, dtype=torch.float16)
     print(json.dumps(facts["heldout"], indent=1))
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from diffalign.cli import main
 from diffalign.config import load_recipe
-from diffalign.models.latent_reward import COMPONENT
+from diffalign.models.spec import LATENT_REWARD
 from diffalign.rewards import judged
 from diffalign.rewards.latent import Latent
 from diffalign.run import train
@@ -44,11 +44,12 @@ def test_what_a_run_leaves(trained):
     for share, low, high in zip(*(heldout[name] for name in ("by_time", "by_time_low", "by_time_high")), strict=True):
         assert low <= share <= high and high - low > 0.3   # eight pairs, however many draws
     assert facts["initial_loss"] == pytest.approx(math.log(2), abs=0.3) and set(facts["validation_start"]) >= {"accuracy_t0"}
-    assert sorted(p.name for p in (run / COMPONENT).iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (run / LATENT_REWARD).iterdir()) == ["config.json", "model.safetensors"]
     assert not (run / "pipeline").exists() and not list(run.glob("pytorch_lora*"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any("accuracy_t4" in line for line in lines) and not any("win_error" in line for line in lines)
-    assert "Latent Reward Model" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "Latent Reward Model" in page and "load_reward" in page and "DiffusionPipeline" not in page
 
 
 def test_resumed_to_the_bit(trained, small, tmp_path):
@@ -56,20 +57,20 @@ def test_resumed_to_the_bit(trained, small, tmp_path):
     path = small(tmp_path, **LRM)
     train(load_recipe(path, ["train.max_train_steps=2"]))
     train(load_recipe(path))
-    whole, cut = (load_file(folder / COMPONENT / "model.safetensors") for folder in (run, tmp_path / "run"))
+    whole, cut = (load_file(folder / LATENT_REWARD / "model.safetensors") for folder in (run, tmp_path / "run"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
 def test_a_reward_of_pictures(trained):
     run, _ = trained
     images = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    scores = judged(Latent(path=str(run / COMPONENT), device="cpu"), images, ["a red ring on a blue background"] * 2)
+    scores = judged(Latent(path=str(run / LATENT_REWARD), device="cpu"), images, ["a red ring on a blue background"] * 2)
     assert scores.isfinite().all() and scores[0] != scores[1]
 
 
 def test_a_judge_of_a_rollout(trained, small, tmp_path):
     run, _ = trained
-    facts = train(load_recipe(small(tmp_path, **lpo(run / COMPONENT))))
+    facts = train(load_recipe(small(tmp_path, **lpo(run / LATENT_REWARD))))
     assert facts["step"] == 2
     identity = json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())["identity"]
     assert len(identity["judge"]) == 64
@@ -85,7 +86,7 @@ def test_a_run_does_not_go_on_with_another_judge(trained, small, tmp_path, capsy
     run, _ = trained
     folder = tmp_path / "judge"
     folder.mkdir()
-    for file in (run / COMPONENT).iterdir():
+    for file in (run / LATENT_REWARD).iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     path = small(tmp_path, **lpo(folder))
     assert main(["train", str(path)]) == 0
@@ -101,8 +102,8 @@ def test_a_judge_of_another_base_is_refused_before_anything_is_loaded(trained, s
     run, _ = trained
     folder = tmp_path / "judge"
     folder.mkdir()
-    (folder / "model.safetensors").symlink_to(run / COMPONENT / "model.safetensors")
-    tree = json.loads((run / COMPONENT / "config.json").read_text())
+    (folder / "model.safetensors").symlink_to(run / LATENT_REWARD / "model.safetensors")
+    tree = json.loads((run / LATENT_REWARD / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**tree, **spoil}))
     refused(capsys, main(["train", str(small(tmp_path, **lpo(folder)))]), str(folder), *words)
     assert not (tmp_path / "run").exists()
