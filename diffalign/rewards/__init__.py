@@ -8,6 +8,7 @@ from .blend import Calibrated, LogSigmoidCentred, Minimum, WeightedSum, ZScore
 from .clip import ClipScore, HPSv2, PickScore
 from .hpsv3 import HPSv3
 from .image_reward import ImageReward
+from .latent import Latent
 from .learned import Learned, Pal
 from .mps import MPS
 from .ocr import TextRendering
@@ -37,6 +38,7 @@ REWARDS = {
     "ocr": TextRendering,
     "remote": RemoteReward,
     "vlm": VLMJudge,
+    "latent": Latent,
 }
 
 __all__ = ["REWARDS", "Reward", "check", "columns_of", "identity", "judged"]
