@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.building.consistent import STRATEGIES, TIES, Consistent
+from diffalign.building.filters.consistent import STRATEGIES, TIES, Consistent
 from diffalign.building.types import Candidate, Group
 from diffalign.errors import DataError
 

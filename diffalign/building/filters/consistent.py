@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import DataError
-from .types import Group, Kept
+from ...errors import DataError
+from ..types import Group, Kept
 
 # the published strategies, of an aesthetic predictor, the cosine of CLIP and VQAScore; the second is the one that was used
 STRATEGIES = {1: {"aesthetic": 0.0, "clip": 0.0, "vqa": 0.0}, 2: {"aesthetic": -0.5, "clip": 0.0, "vqa": 0.0},
