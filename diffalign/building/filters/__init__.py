@@ -16,4 +16,5 @@ FILTERS = {
     "consistent": Consistent,
 }
 
-__all__ = ["EMBEDDERS", "FILTERS", "QUALITIES", "Consistent", "Curate", "Duplicates", "Embedder", "Fifa", "Margin", "Quality", "Ties"]
+__all__ = ["EMBEDDERS", "FILTERS", "QUALITIES", "Consistent", "Curate", "Duplicates", "Embedder", "Fifa", "Margin", "Quality",
+           "Ties"]
