@@ -21,7 +21,7 @@ LEVEL = 0.95
 ERROR = 1 - LEVEL  # chance of calling at least one of several equal models better or worse
 TIE = 1e-6  # scores closer than this, absolutely and relatively, are a tie
 POWER = 0.8
-FEWEST = 6  # prompts that can decide (won or lost): a clean sweep of five has a two-sided sign test of 2/2^5 = 0.06, of six 0.03
+FEWEST = 6  # prompts won or lost, for a verdict: a clean sweep of five has a two-sided sign test of 2/2^5 = 0.06, of six 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class Paired:
     unscored: pairs left out because the judge could not score one side. base_score, aligned_score: means over prompts.
     win_rate, difference (aligned minus base), each with a 95 % bootstrap interval over prompts. sign_test: two-sided p of
     more prompts won than lost, tied prompts ignored. prompts_needed: prompts that would show a win rate like this one in
-    four runs of five; None where it is one half, or of one prompt. verdict: "better", "worse" or "undecided" (always where fewer
-    than six prompts are won or lost, however many are tied).
+    four runs of five; None where it is one half, or of one prompt. verdict: "better", "worse" or "undecided" (always
+    with fewer than six prompts won or lost, however many are tied).
     """
 
     prompts: int
@@ -72,6 +72,8 @@ class Paired:
     def _needs(self) -> str:
         if self.prompts_needed is None:
             return "The two are level." if self.win_rate == 0.5 else "One prompt cannot show a difference."
+        if self.win_rate_low > 0.5 or self.win_rate_high < 0.5:
+            return f"Fewer than {FEWEST} prompts were won or lost, the others are ties: too few to tell."
         if self.prompts_needed > 100_000:
             return "To tell a difference this small would need more than 100,000 prompts."
         return f"If this win rate is the true one, it needs about {_round(self.prompts_needed):,} prompts to show."

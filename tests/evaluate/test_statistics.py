@@ -101,6 +101,7 @@ def test_ties_cannot_decide():
     chance all four fall on one side in 2/2^4 = 12.5 % of cases. Six to none is 3 %."""
     result = paired(np.zeros((200, 1)), column(*[1] * 4, *[0] * 196))
     assert result.win_rate_low > 0.5 and result.sign_test == 0.125 and result.verdict == "undecided"
+    assert result.sentence.endswith("Fewer than 6 prompts were won or lost, the others are ties: too few to tell.")
     assert paired(np.zeros((200, 1)), column(*[1] * 6, *[0] * 194)).verdict == "better"
     assert paired(np.zeros((200, 1)), column(*[-1] * 6, *[0] * 194)).verdict == "worse"
 
