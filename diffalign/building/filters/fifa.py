@@ -87,8 +87,8 @@ def scale(values: np.ndarray, how: str) -> Scale:
         return lambda x: (x - known.mean()) / known.std()
     # a distance among the selected is often one of those fitted, computed another way: its last bits must not change its rank
     near = 1e-9 * (known[-1] - known[0])
-    return lambda x: np.where(np.isnan(x), np.nan, (np.searchsorted(known, x - near) + np.searchsorted(known, x + near, "right"))
-                              / (2 * len(known)))
+    return lambda x: np.where(np.isnan(x), np.nan, (np.searchsorted(known, x - near)
+                                                    + np.searchsorted(known, x + near, "right")) / (2 * len(known)))
 
 
 @dataclass(frozen=True, kw_only=True)
