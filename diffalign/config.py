@@ -196,6 +196,11 @@ def load_reward(spec: str | dict) -> rewards.Reward:
     return _slot(rewards.Reward, spec, "reward")
 
 
+def load_utility(spec: str | dict) -> Utility:
+    """A utility by its kind, or by kind and options. Raises ConfigError for an unknown kind or option."""
+    return _slot(Utility, spec, "utility")
+
+
 def rewards_from(path: str | Path) -> list[str]:
     """Make the rewards of a Python file known under their names; returns those. Runs the file: for files that the user names.
 

@@ -4,7 +4,7 @@ Base and aligned model draw the same prompts with the same seeds. The alarm fire
 
 - a statistic of the pictures (``looks``) leaves the band that the base's own pictures allow, or
 - the pictures of a prompt become alike, or
-- a judge that was not trained on falls.
+- a judge that was not trained on falls (only where a training reward was measured; else it is a worse model).
 
 An aligned model may look different for good reasons: a base that forgets an object has fewer edges, and one that guesses the
 colour has more variety inside a prompt. So a significant change is never enough; it must also be large, measured in standard

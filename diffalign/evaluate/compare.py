@@ -69,7 +69,8 @@ class Comparison:
     -> statistics, without the judge. categories: model -> category -> statistics. alarms: by model. tiles: rows for the grid,
     drawn at random; best and worst: the largest gains and losses of the first model, with its and the base's pictures.
     sampling: what the pictures were drawn with. training: names of the rewards that were optimised, None where not known.
-    held_out: whether the judge is none of them; None where not known. identity: of models and rewards.
+    trained: those of ``rewards`` that are among them, or a part of one. held_out: whether the judge is none of them; None
+    where not known. identity: of models and rewards.
     """
 
     prompts: list[str]
@@ -89,6 +90,7 @@ class Comparison:
     sweep: Sweep | None = None
     swept: dict[str, Paired] = field(default_factory=dict)
     training: tuple[str, ...] | None = None
+    trained: tuple[str, ...] = ()
     held_out: bool | None = None
     identity: dict[str, Any] = field(default_factory=dict)
 
@@ -203,6 +205,7 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
         swept=_against_base({name: side.scores for name, side in sides.items()}, [n for n in strengths if n != names[0]], spec)
         if spec.judge is not None else {},
         training=None if training is None else tuple(reward.name for reward in training),
+        trained=tuple(name for name, reward in rewards.items() if trained_on(reward, training or ())),
         held_out=None if training is None or spec.judge is None else not trained_on(spec.judge, training),
         identity={"models": {name: {} for name in names} | {n: dict(f) for stage in stages for n, f in stage.facts.items()},
                   "judge": None if spec.judge is None else identity(spec.judge),

@@ -17,6 +17,7 @@ import numpy as np
 from ..rewards import Reward
 from ..sampling.latents import Sampler
 from .alarm import Alarm, Limits, alarm
+from .compare import trained_on
 from .spec import LARGEST
 from .statistics import Paired, paired
 
@@ -110,10 +111,12 @@ class Seen:
 
 
 def see(base: Side, now: Side, spec: MonitorSpec, *, seed: int = 0) -> Seen:
-    """base, now: of the same prompts and seeds."""
+    """base, now: of the same prompts and seeds. A judge that is the reward trained on, or has a part in it, is not held out:
+    the alarm then has none."""
     both = {name: None if getattr(base, name) is None else np.stack([getattr(base, name), getattr(now, name)])
             for name in ("looks", "spread", "judge", "reward")}
-    found = alarm(both["looks"], training=both["reward"], judge=both["judge"], limits=spec.limits,
+    held_out = spec.judge is not None and not (spec.reward is not None and trained_on(spec.judge, (spec.reward,)))
+    found = alarm(both["looks"], training=both["reward"], judge=both["judge"] if held_out else None, limits=spec.limits,
                   diversity=both["spread"] if np.isfinite(both["spread"]).all(0).any() else None)
     wins = None if both["judge"] is None else paired(*both["judge"], seed=seed, resamples=2000)
     figures = {"alarm": float(found.fired), "shift": max(abs(row.shift) for row in found.statistics)}

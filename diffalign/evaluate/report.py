@@ -252,16 +252,15 @@ def _rewards(comparison: Comparison | None) -> dict[str, dict]:
     """The judge, then the others: mean score of every side, statistics of every model, pictures that could not be scored."""
     if comparison is None or comparison.judge is None and not comparison.rewards:
         return {}
-    sides, training = comparison.sides, comparison.training or ()
+    sides = comparison.sides
     table: dict[str, dict] = {}
     if comparison.judge is not None:
         name = comparison.judge if comparison.judge not in comparison.rewards else f"{comparison.judge} (judge)"
         role = "judge, trained on" if comparison.held_out is False else "judge"
         table[name] = _reward({name: side.scores for name, side in sides.items()}, comparison.results, role)
     for reward, results in comparison.rewards.items():
-        kind = comparison.identity["rewards"][reward]["name"]
         table[reward] = _reward({name: side.rewards[reward] for name, side in sides.items()}, results,
-                                "trained on" if kind in training else "reported")
+                                "trained on" if reward in comparison.trained else "reported")
     return table
 
 

@@ -169,11 +169,10 @@ def pool(base: Side, runs: Sequence[Side], *, seed: int = 0, resamples: int = 10
     if result is None:
         return None
     alone = [paired(base.scores, run.scores, seed=seed, resamples=10) for run in runs]
-    together = Side(scores=np.concatenate([run.scores for run in runs], 1), spread=np.mean([run.spread for run in runs], 0),
-                    statistics=np.concatenate([run.statistics for run in runs], 2))
-    tiled = Side(scores=np.tile(base.scores, count), statistics=np.tile(base.statistics, count), spread=base.spread)
+    # the mean of the runs, picture by picture: a base repeated once a run would seem to have been drawn that often
+    together = Side(**{name: np.mean([getattr(run, name) for run in runs], 0) for name in ("scores", "statistics", "spread")})
     return Pooled(statistics=result, win_rates=[one.win_rate for one in alone if one],
-                  scores=[one.aligned_score for one in alone if one], alarm=alarm_of(tiled, together, held_out=True))
+                  scores=[one.aligned_score for one in alone if one], alarm=alarm_of(base, together, held_out=True))
 
 
 def alarm_of(base: Side, side: Side, *, training: tuple[np.ndarray, np.ndarray] | None = None,

@@ -47,7 +47,8 @@ class EvaluateSpec:
 
     prompts: text file, one prompt a line, or a benchmark's own file (see ``prompts.py``). judge: a reward, whose verdict
     counts; null draws pictures only. rewards: further ones by name, reported beside it. training_reward: what training
-    optimised; null takes an online recipe's own, or those in a build.json beside the data. models: further models by name.
+    optimised; null takes an online recipe's own, or those that labelled or filtered the data, by the build.json beside it.
+    models: further models by name.
     strengths: of the LoRA (of the first model without training), such as [0, 0.25, 0.5, 0.75, 1, 1.2], to find the best.
     seeds: pictures per prompt and model; the interval is a bootstrap over prompts. seed: null takes the run's.
     grid_prompts: rows of grid.png, drawn at random.

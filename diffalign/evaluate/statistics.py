@@ -21,7 +21,7 @@ LEVEL = 0.95
 ERROR = 1 - LEVEL  # chance of calling at least one of several equal models better or worse
 TIE = 1e-6  # scores closer than this, absolutely and relatively, are a tie
 POWER = 0.8
-FEWEST = 6  # prompts that can decide: a clean sweep of five has a two-sided sign test of 2/2^5 = 0.06, of six 0.03
+FEWEST = 6  # prompts won or lost, for a verdict: a clean sweep of five has a two-sided sign test of 2/2^5 = 0.06, of six 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class Paired:
     unscored: pairs left out because the judge could not score one side. base_score, aligned_score: means over prompts.
     win_rate, difference (aligned minus base), each with a 95 % bootstrap interval over prompts. sign_test: two-sided p of
     more prompts won than lost, tied prompts ignored. prompts_needed: prompts that would show a win rate like this one in
-    four runs of five; None where it is one half, or of one prompt. verdict: "better", "worse" or "undecided" (always below six
-    prompts).
+    four runs of five; None where it is one half, or of one prompt. verdict: "better", "worse" or "undecided" (always
+    with fewer than six prompts won or lost, however many are tied).
     """
 
     prompts: int
@@ -72,6 +72,8 @@ class Paired:
     def _needs(self) -> str:
         if self.prompts_needed is None:
             return "The two are level." if self.win_rate == 0.5 else "One prompt cannot show a difference."
+        if self.win_rate_low > 0.5 or self.win_rate_high < 0.5:
+            return f"Fewer than {FEWEST} prompts were won or lost, the others are ties: too few to tell."
         if self.prompts_needed > 100_000:
             return "To tell a difference this small would need more than 100,000 prompts."
         return f"If this win rate is the true one, it needs about {_round(self.prompts_needed):,} prompts to show."
@@ -101,7 +103,7 @@ def paired(base: np.ndarray, aligned: np.ndarray, *, seed: int = 0, resamples: i
         base_score=float(base_mean), aligned_score=float(aligned_mean), difference=float(aligned_mean - base_mean),
         difference_low=d_low, difference_high=d_high, win_rate=float(wins), win_rate_low=low, win_rate_high=high,
         sign_test=float(binomtest(won, won + lost).pvalue) if won + lost else 1.0,
-        prompts_needed=prompts_needed(rows[0]), verdict=_verdict(low, high, rows.shape[1]))
+        prompts_needed=prompts_needed(rows[0]), verdict=_verdict(low, high, won + lost))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -207,8 +209,9 @@ def _mean(x: np.ndarray, keep: np.ndarray) -> np.ndarray:
     return np.where(count > 0, np.where(keep, x, 0).sum(1) / np.maximum(count, 1), np.nan)
 
 
-def _verdict(low: float, high: float, prompts: int) -> str:
-    if prompts < FEWEST:
+def _verdict(low: float, high: float, decided: int) -> str:
+    """decided: prompts that are won or lost. Among many ties the bootstrap takes four wins and no loss for certain."""
+    if decided < FEWEST:
         return "undecided"
     return "better" if low > 0.5 else "worse" if high < 0.5 else "undecided"
 

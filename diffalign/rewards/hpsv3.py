@@ -266,11 +266,12 @@ def _size(height: int, width: int) -> tuple[int, int]:
     if max(height, width) > 200 * min(height, width):
         raise _TooLong
     sides = [round(side / CELL) * CELL for side in (height, width)]
-    scale = math.sqrt(PIXELS / (height * width))
-    if math.prod(sides) > PIXELS:
-        sides = [max(1, math.floor(side * scale / CELL)) * CELL for side in (height, width)]
+    if math.prod(sides) > PIXELS:   # theirs to the last bit: 492 x 492 is 447.99... and becomes 420
+        shrink = math.sqrt(height * width / PIXELS)
+        sides = [max(1, math.floor(side / shrink / CELL)) * CELL for side in (height, width)]
     elif math.prod(sides) < PIXELS:
-        sides = [math.ceil(side * scale / CELL) * CELL for side in (height, width)]
+        grow = math.sqrt(PIXELS / (height * width))
+        sides = [math.ceil(side * grow / CELL) * CELL for side in (height, width)]
     return sides[0], sides[1]
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from .. import rng
-from ..config import Evaluation, Recipe, as_tree, dump, load_reward
+from ..config import Evaluation, Recipe, as_tree, dump, load_reward, load_utility
 from ..data.prompts import read_prompts
 from ..data.sources import Online
 from ..errors import ConfigError, UserError
@@ -127,12 +127,22 @@ def training_rewards(recipe: Recipe | Evaluation) -> tuple[Reward, ...] | None:
     if not path.is_file():
         return None
     try:
-        trees = json.loads(path.read_text(encoding="utf-8"))["recipe"]["rewards"]
-        return tuple(load_reward(tree) for tree in trees.values()) or None
+        made = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+        return tuple(load_reward(made["rewards"][name]) for name in _decisive(made)) or None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{path}: cannot tell which rewards this data set was built with ({reason}); name the one in "
                           "evaluate.training_reward") from None
+
+
+def _decisive(made: dict) -> list[str]:
+    """Of a build's rewards, by name, those that had a say in the labels: read by its utility, or by a filter. The others were
+    only written down, and may judge.
+    """
+    names = list(made["rewards"])
+    read = names if made.get("utility") is None else load_utility(made["utility"]).reads(names)
+    asked = {one["reward"] for one in made.get("filters") or () if one.get("reward") is not None}
+    return [name for name in names if name in read or name in asked]
 
 
 def _run(recipe: Recipe | Evaluation, entrants: Entrants, facts: dict | None, seconds: float) -> Run:

@@ -340,6 +340,23 @@ def test_greedy_against_all_subsets(k, normalise):
     assert better >= 5
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_ranked_distances_do_not_hang_on_rounding(k):
+    """In the plane a distance within the selection and the same one in the whole set come from two algorithms."""
+    rng = np.random.default_rng(k)
+    points = {f"prompt {i}": rng.normal(size=2) for i in range(8)}
+    groups, _, grades = scored(rng.exponential(1, 8), [0] * 8, [0] * 8)
+    spec = Fifa(keep=5, reward="r", k=k, normalise="rank", quality_weight=0, diversity_weight=1.0, quality=grades,
+                embedder=lambda prompts: np.stack([points[prompt] for prompt in prompts]))
+    terms = spec._terms([(one, 0, 1) for one in groups], np.array([one.candidates[0].scores["r"] for one in groups]), None)
+    search = fifa._Search(spec, terms, np.ones(8, dtype=bool))
+    for _ in range(5):
+        gain, before = terms.own + search._diversity_gain(), spec.objective(terms, search.chosen)
+        for place in np.flatnonzero(search.open):
+            assert gain[place] == pytest.approx(spec.objective(terms, [*search.chosen, place]) - before, abs=1e-9)
+        search.step()
+
+
 def test_scales():
     values = np.array([1.0, 2, 2, 5, NAN])
     assert fifa.scale(values, "minmax")(values)[:4].tolist() == [0, 0.25, 0.25, 1]

@@ -131,6 +131,11 @@ def test_seeds_of_a_prompt_are_one_unit():
     interval = ("win_rate_low", "win_rate_high")  # the same runs again are no new evidence
     assert [getattr(single.statistics, name) for name in interval] == [getattr(thrice.statistics, name) for name in interval]
     assert thrice.statistics.prompts == 30 and thrice.statistics.pairs == 90
+    few = [Side(scores=part.scores[:8], statistics=part.statistics[:, :8], spread=part.spread[:8]) for part in (base, aligned)]
+    single, thrice = pool(few[0], few[1:]), pool(few[0], few[1:] * 3)
+    for one, three in zip(single.alarm.statistics, thrice.alarm.statistics, strict=True):  # nor was the base drawn three times
+        assert three.shift == pytest.approx(one.shift)
+        assert three.band_high == pytest.approx(one.band_high) and one.band_high > 1
 
 
 def test_a_side_survives_its_file(tmp_path):

@@ -189,6 +189,15 @@ def test_what_training_optimised_is_found_out(small, tmp_path):
     rewards = {"a": {"kind": "scenes"}, "b": {"kind": "compressibility", "quality": 80}}
     (table.parent / "build.json").write_text(json.dumps({"recipe": {"rewards": rewards}}))
     assert [reward.name for reward in training_rewards(built)] == ["scenes", "compressibility"]
+    # what was only written down beside the labels was not trained on, unless a filter asked it
+    for utility, filters, expected in (
+            ({"kind": "reward", "reward": "b"}, [], ["compressibility"]),
+            ({"kind": "votes"}, [], ["scenes", "compressibility"]),
+            ({"kind": "mean", "weights": {"b": 0}}, [{"kind": "margin"}], ["scenes"]),
+            ({"kind": "reward", "reward": "b"}, [{"kind": "margin", "reward": "a"}], ["scenes", "compressibility"])):
+        made = {"rewards": rewards, "utility": utility, "filters": filters}
+        (table.parent / "build.json").write_text(json.dumps({"recipe": made}))
+        assert [reward.name for reward in training_rewards(built)] == expected
     for content in ("{", "{}", '{"recipe": {"rewards": {"a": {"kind": "gone"}}}}', '{"recipe": 3}'):
         (table.parent / "build.json").write_text(content)
         with pytest.raises(ConfigError, match="build.json: cannot tell which rewards .* evaluate.training_reward"):

@@ -10,6 +10,8 @@ from scipy.stats import t as student
 
 from diffalign.evaluate.alarm import Alarm, Band, Limits, alarm
 from diffalign.evaluate.looks import LOOKS
+from diffalign.evaluate.monitor import MonitorSpec, Side, see
+from diffalign.rewards.rules import Brightness, Colourfulness
 
 NAMES = list(LOOKS)
 
@@ -244,3 +246,15 @@ def test_it_is_plain_data():
     w = World(0)
     found = alarm(w.looks(), training=w.scores(1.0), judge=w.scores(), diversity=w.spread())
     assert isinstance(found, Alarm) and json.loads(json.dumps(asdict(found)))["fired"] is False
+
+
+def test_a_judge_that_is_trained_on_is_not_held_out_in_the_monitor():
+    """``MonitorSpec.judge`` may come from evaluate.judge and ``reward`` from the source, and be one and the same."""
+    w = World(2, 16, 2)
+    looks, scores, variety = w.looks(), w.scores(0.5), w.spread()
+    base, now = (Side(looks=looks[i], spread=variety[i], judge=scores[i], reward=scores[i], shown=()) for i in range(2))
+    own = see(base, now, MonitorSpec(judge=Brightness(), reward=Brightness()))
+    assert own.alarm.judge is None and own.alarm.gap is None and "no held-out judge" in " ".join(own.alarm.notes)
+    assert own.wins is not None and own.alarm.training.rose
+    for reward in (None, Colourfulness()):
+        assert see(base, now, MonitorSpec(judge=Brightness(), reward=reward)).alarm.judge.rose

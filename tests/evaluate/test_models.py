@@ -163,6 +163,27 @@ def test_a_judge_that_was_trained_on_is_called_so():
     assert unknown.held_out is None and "trained on" not in unknown.sentence
 
 
+@dataclass(frozen=True)
+class Version(Brightness):
+    """One of two models that share a name."""
+
+    number: int = 1
+
+    def identity(self):
+        return {"number": self.number}
+
+
+def test_only_what_was_optimised_is_marked_trained_on(tmp_path):
+    """Not another version of the same name; but a part of a sum is."""
+    two = {name: MODELS[name] for name in ("base", "aligned")}
+    rewards = {"first": Version(1), "second": Version(2), "small": Compressibility()}
+    for training, expected in (((Version(2),), {"second"}), ((Sum(rewards={"a": Version(1)}),), {"first", "sum"}),
+                               (None, set())):
+        found = compare(two, prompts(6), spec(rewards=rewards), training=training, progress=None)
+        table = write_report(tmp_path, Run(title="t", base_model="b"), found)["rewards"]
+        assert {name for name, row in table.items() if row["role"] == "trained on"} == expected
+
+
 def test_the_best_strength_is_named_with_its_doubt(tmp_path):
     models = {"base": side(0.7, 1), "aligned": side(0.5, 2), "strength 0.5": side(0.1, 3)}
     strengths = {"base": 0.0, "strength 0.5": 0.5, "aligned": 1.0}

@@ -96,6 +96,16 @@ def test_unanimous_prompts_are_not_certainty():
     assert (result.win_rate_high, result.verdict) == (1.0, "undecided")
 
 
+def test_ties_cannot_decide():
+    """4 wins, 196 ties: the bootstrap's lower end is above one half (no win at all in e^-4 = 1.8 % of resamples), but by
+    chance all four fall on one side in 2/2^4 = 12.5 % of cases. Six to none is 3 %."""
+    result = paired(np.zeros((200, 1)), column(*[1] * 4, *[0] * 196))
+    assert result.win_rate_low > 0.5 and result.sign_test == 0.125 and result.verdict == "undecided"
+    assert result.sentence.endswith("Fewer than 6 prompts were won or lost, the others are ties: too few to tell.")
+    assert paired(np.zeros((200, 1)), column(*[1] * 6, *[0] * 194)).verdict == "better"
+    assert paired(np.zeros((200, 1)), column(*[-1] * 6, *[0] * 194)).verdict == "worse"
+
+
 @pytest.mark.parametrize(("won", "of"), [(290, 500), (1142, 1632), (0, 5), (5, 5)])
 def test_wilson_is_scipys(won, of):
     expected = binomtest(won, of).proportion_ci(method="wilson")

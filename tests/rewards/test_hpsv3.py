@@ -183,6 +183,14 @@ def test_the_size_by_hand(height, width, sides):
     assert _size(height, width) == sides
 
 
+def test_the_size_is_theirs_also_where_rounding_decides():
+    """492 x 492 would be 448 x 448 exactly; their floor of 447.99999999999994 / 28 gives 420."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    sizes = [(side, side) for side in range(28, 2049)] + [(h, 4 * h) for h in range(28, 600)] + [(164, 1476), (492, 492)]
+    assert [s for s in sizes if _size(*s) != smart_resize(*s, min_pixels=PIXELS, max_pixels=PIXELS)] == []
+
+
 @pytest.mark.parametrize("width, height", [(64, 64), (640, 480), (90, 500), (1000, 37), (29, 28), (2000, 11)])
 def test_pictures_are_prepared_as_qwen2_vl_does(width, height):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

@@ -74,7 +74,7 @@ def scale(values: np.ndarray, how: str) -> Scale:
     """A map to a common scale, fitted to the known ones of ``values``, that can be applied to other values too.
 
     none: as they are. minmax: to 0..1. z: mean 0, standard deviation 1 (of the population). rank: the share of the values
-    that lie below, equal ones counted half. A term without any spread becomes 0.
+    that lie below, equal ones (up to rounding) counted half. A term without any spread becomes 0.
     """
     known = np.sort(values[np.isfinite(values)])
     if how == "none":
@@ -85,8 +85,10 @@ def scale(values: np.ndarray, how: str) -> Scale:
         return lambda x: (x - known[0]) / (known[-1] - known[0])
     if how == "z":
         return lambda x: (x - known.mean()) / known.std()
-    return lambda x: np.where(np.isnan(x), np.nan, (np.searchsorted(known, x) + np.searchsorted(known, x, "right"))
-                              / (2 * len(known)))
+    # a distance among the selected is often one of those fitted, computed another way: its last bits must not change its rank
+    near = 1e-9 * (known[-1] - known[0])
+    return lambda x: np.where(np.isnan(x), np.nan, (np.searchsorted(known, x - near)
+                                                    + np.searchsorted(known, x + near, "right")) / (2 * len(known)))
 
 
 @dataclass(frozen=True, kw_only=True)
