@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import os
 import platform
 from dataclasses import asdict, dataclass, field
@@ -136,6 +137,23 @@ def write_grids(folder: Path | str, title: str, comparison: Comparison, page: bo
         write(folder / "grid.html", grid_page(title, comparison).encode())
         written["grid.html"] = folder / "grid.html"
     return written
+
+
+def write_gallery(folder: Path | str, comparison: Comparison) -> Path:
+    """The drawn rows as single pictures, PNG, and gallery.jsonl (prompt, model, image, seed), which ``diffalign arena`` reads.
+
+    Returns the table, written last and whole. Raises ResourceError naming the file.
+    """
+    folder, lines = Path(folder), []
+    for tile in comparison.tiles:
+        for number, (name, picture) in enumerate(tile.pictures.items()):
+            target, place = io.BytesIO(), f"pictures/{tile.index}-{tile.seed}-{number}.png"
+            picture.save(target, "PNG")
+            write(folder / place, target.getvalue())
+            lines.append(json.dumps({"prompt": tile.prompt, "model": name, "image": place, "seed": tile.seed},
+                                    ensure_ascii=False))
+    write(folder / "gallery.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    return folder / "gallery.jsonl"
 
 
 def _strength_labels(comparison: Comparison) -> dict[str, str]:

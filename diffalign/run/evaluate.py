@@ -17,7 +17,7 @@ from ..errors import ConfigError, UserError
 from ..evaluate.card import write_card
 from ..evaluate.compare import Comparison, compare
 from ..evaluate.files import write
-from ..evaluate.report import Run, write_grids, write_report
+from ..evaluate.report import Run, write_gallery, write_grids, write_report
 from ..models.load import model_identity
 from ..rewards import Reward
 from ..train import make_accelerator, world_of
@@ -67,6 +67,7 @@ def grid(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
     if not accelerator.is_main_process:
         return {}
     written = write_grids(Path(recipe.output_dir), _run(recipe, entrants, facts, 0.0).title, comparison, page=True)
+    written["gallery.jsonl"] = write_gallery(Path(recipe.output_dir) / "gallery", comparison)
     for path in written.values():
         printer(f"grid: {path}")
     return {name: str(path) for name, path in written.items()}

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffalign.evaluate import EvaluateSpec, Run, write_report
 from diffalign.evaluate.alarm import Alarm, Statistic
 from diffalign.evaluate.compare import Stage, compare, trained_on
+from diffalign.evaluate.report import write_gallery
 from diffalign.evaluate.shards import blocks
 from diffalign.evaluate.sides import Side, draw_and_keep, draw_side
 from diffalign.evaluate.spec import Entrant
@@ -148,6 +150,17 @@ class Sum:
 
     def __call__(self, images, prompts):
         return sum(reward(images, prompts) for reward in self.rewards.values())
+
+
+def test_drawn_rows_are_a_gallery_of_the_arena(found, tmp_path):
+    from diffalign.arena import read_gallery
+    table = write_gallery(tmp_path / "gallery", found)
+    gallery = read_gallery(str(table.parent))
+    assert set(gallery.models) == set(MODELS) and len(gallery.prompts) == len({tile.prompt for tile in found.tiles}) == 3
+    tile = found.tiles[0]
+    entry, = gallery.prompts[tile.prompt]["broken"]
+    with Image.open(entry.picture.path) as picture:
+        assert entry.seed == tile.seed and np.array_equal(np.asarray(picture), np.asarray(tile.pictures["broken"]))
 
 
 def test_a_judge_that_was_trained_on_is_called_so():
