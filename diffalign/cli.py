@@ -27,7 +27,7 @@ DATA = ("DATA", "parquet, CSV, JSON or JSONL file, or a folder of pictures or of
 @dataclass(frozen=True)
 class _Command:
     """load: a function of ``diffalign.config`` that makes the spec from the positionals and the overrides. The function of the
-    command's own name in ``diffalign.run`` takes the spec.
+    command's own name, with _ for -, in ``diffalign.run`` takes the spec.
     """
 
     summary: str
@@ -47,6 +47,8 @@ _COMMANDS = {
                       load="load_build"),
     "rich": _Command("make preference data by critique and edit: a VLM says what is wrong, an editor mends it, a reward "
                      "decides; run it again to resume", load="load_rich"),
+    "train-reward": _Command("learn a reward from preferences: a Bradley-Terry or a pluralistic (PAL) head on a CLIP",
+                             load="load_reward_recipe"),
     "score": _Command("write rewards' scores of a data set or a folder of pictures as columns; run it again to resume",
                       (REWARDS, DATA), "load_score"),
     "arena": _Command("serve a page where people rank anonymous pictures of several models; votes become ratings and, with "
@@ -116,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 config.rewards_from(file)
             command = _COMMANDS[args.command]
             given = [getattr(args, metavar.lower()) for metavar, _ in command.positionals]
-            getattr(run, args.command)(getattr(config, command.load)(*given, args.overrides), printer=print)
+            getattr(run, args.command.replace("-", "_"))(getattr(config, command.load)(*given, args.overrides), printer=print)
             return 0
         except UserError as error:
             if args.debug:

@@ -32,14 +32,21 @@ from .building.select import SELECTS, Select
 from .building.spec import BuildSpec, ScoreSpec
 from .building.types import Filter
 from .building.utility import UTILITIES, Utility
-from .data.sources import SOURCES, Online, SemiPolicy, SourceSpec, Stored
+from .data.sources import Online, SemiPolicy, Stored
 from .data.spec import DataSpec
+from .data.stepwise import JUDGES, THRESHOLDS, StepJudge, Stepwise, Threshold
 from .errors import ConfigError
 from .evaluate.monitor import MonitorSpec
 from .evaluate.spec import CheckSpec, EvaluateSpec
 from .models.references import REFERENCES, Frozen, Past, Reference
 from .models.spec import ModelSpec
+from .reward_training.spec import RewardRecipe
+from .rewards.heads import Head
+from .rewards.learned import HEADS
 from .train.spec import TrainSpec
+
+SOURCES = {"stored": Stored, "semi_policy": SemiPolicy, "online": Online, "stepwise": Stepwise}
+SourceSpec = Stored | SemiPolicy | Online | Stepwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +103,7 @@ _SLOTS = {
     process.Sequence: (process.SEQUENCES, "random", None),
     Reference: (REFERENCES, "frozen", None),
     rewards.Reward: (rewards.REWARDS, None, "diffalign.rewards"),
+    Head: (HEADS, "bradley_terry", None),
     SourceSpec: (SOURCES, "stored", None),
     Utility: (UTILITIES, None, None),
     Select: (SELECTS, "groups", None),
@@ -105,6 +113,8 @@ _SLOTS = {
     Critic: (CRITICS, None, None),
     Instructor: (INSTRUCTORS, None, None),
     Editor: (EDITORS, None, None),
+    StepJudge: (JUDGES, None, None),
+    Threshold: (THRESHOLDS, "constant", None),
 }
 
 
@@ -125,6 +135,11 @@ def load_build(path: str | Path, overrides: typing.Sequence[str] = ()) -> BuildS
 def load_rich(path: str | Path, overrides: typing.Sequence[str] = ()) -> RichSpec:
     """A recipe of rich feedback, read as ``load_recipe`` reads one. Raises ConfigError naming the option's path."""
     return _build(RichSpec, _overridden(read_tree(Path(path)), overrides), "")
+
+
+def load_reward_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> RewardRecipe:
+    """A recipe of ``diffalign train-reward``, read as ``load_recipe`` reads one. Raises ConfigError."""
+    return _build(RewardRecipe, _overridden(read_tree(Path(path)), overrides), "")
 
 
 def load_score(rewards: str, data: str, overrides: typing.Sequence[str] = ()) -> ScoreSpec:
@@ -573,6 +588,7 @@ UNSCORED = ("pickapic", "chosen_rejected", "unpaired")  # layouts that say who i
 def _cross_check(recipe: Recipe) -> None:
     check_layout(recipe, recipe.data.layout)
     _check_paths(recipe)
+    _check_latent_reward(recipe)
     objective, title, reference = recipe.objective, objectives.title_of(recipe.objective), recipe.reference
     weighting = getattr(recipe.likelihood, "weighting", likelihood.Simple())
     if not objectives.reads_weighting(objective) and not isinstance(weighting, likelihood.Simple):
@@ -585,35 +601,54 @@ def _cross_check(recipe: Recipe) -> None:
     if isinstance(recipe.source, SemiPolicy) and recipe.source.weights == "reference" and len(reference.names) > 1:
         raise ConfigError("reference.origin_share: samples come from one reference, but the likelihood would be measured "
                           "against two; set it to 0, or source.weights=origin")
-    if isinstance(recipe.source, Online) and recipe.data.random_flip:
-        raise ConfigError("data.random_flip: with source.kind=online no stored picture is read, so there is none to mirror; "
+    if recipe.source.reads_prompts_only and recipe.data.random_flip:
+        raise ConfigError("data.random_flip: with this source.kind no stored picture is read, so there is none to mirror; "
                           "set it to false")
-    if isinstance(recipe.source, Online) and recipe.data.caption_dropout:
+    if recipe.source.reads_prompts_only and recipe.data.caption_dropout:
         raise ConfigError("data.caption_dropout: a sample drawn without its prompt would be scored against it; set it to 0 "
-                          "with source.kind=online")
+                          "with this source.kind")
+
+
+def _check_latent_reward(recipe: Recipe) -> None:
+    """Its policy is a reward: it has no reference, draws no pictures and is trained whole."""
+    if not isinstance(recipe.likelihood, likelihood.LatentScores):
+        return
+    if not isinstance(recipe.objective, objectives.Pairwise) or not recipe.objective.reference_free:
+        raise ConfigError("objective: likelihood.kind=latent_reward learns scores from pairs, which have no reference; use "
+                          "objective={kind: dpo, beta: 1, reference_free: true}")
+    if recipe.model.lora is not None:
+        raise ConfigError("model.lora: likelihood.kind=latent_reward trains all weights of the reward; set it to null")
+    if not isinstance(recipe.source, Stored):
+        raise ConfigError("source.kind: likelihood.kind=latent_reward learns from stored pairs; leave it at stored")
+    if recipe.evaluate is not None:
+        raise ConfigError("evaluate: a latent reward draws no pictures; set it to null (train.json has its held-out accuracy)")
 
 
 def _check_paths(recipe: Recipe) -> None:
     """Step densities need samples with a path, drawn exactly as the estimator reads them."""
     estimator, source = recipe.likelihood, recipe.source
-    if not isinstance(estimator, likelihood.Transitions):
+    if isinstance(source, Stepwise) and not isinstance(estimator, likelihood.Transitions):
+        raise ConfigError("likelihood.kind: source.kind=stepwise compares single steps of the sampler, whose density is "
+                          "likelihood.kind=transitions")
+    if not isinstance(estimator, likelihood.Transitions) or isinstance(source, Stepwise):
         return
     if not isinstance(source, Online):
-        raise ConfigError("likelihood.kind: 'transitions' reads the paths of samples, which source.kind=online draws; a data "
-                          "set's pictures have none, they need likelihood.kind=denoising")
-    for name in ("solver", "timesteps"):
-        if getattr(source.sampler, name) != getattr(estimator, name):
-            raise ConfigError(f"source.sampler.{name}: {getattr(source.sampler, name)} is not likelihood.{name} "
-                              f"{getattr(estimator, name)}; the density must be that of the sampler")
+        raise ConfigError("likelihood.kind: 'transitions' reads the paths of samples, which source.kind=online and stepwise "
+                          "draw; a data set's pictures have none, they need likelihood.kind=denoising")
+    if source.sampler.solver == "ddim":
+        raise ConfigError("source.sampler.solver: ddim is deterministic (eta 0), and a step without noise has no density; use "
+                          "solver=ancestral, or lcm for models that were distilled for it")
+    if len(source.sampler.times()) < 2:
+        raise ConfigError("source.sampler.steps: one step leads straight to the picture and has no density; use more")
     if source.sampler.guidance_scale != 1:
-        raise ConfigError("source.sampler.guidance_scale: must be 1 for likelihood.kind=transitions, whose density knows no "
-                          "guidance")
+        raise ConfigError("source.sampler.guidance_scale: must be 1 for whole paths (source.kind=online with "
+                          "likelihood.kind=transitions); source.kind=stepwise knows guidance")
 
 
 def check_layout(recipe: Recipe, layout: str) -> None:
     """Raises ConfigError when data of this layout cannot serve the objective. "auto" passes: nothing is known yet."""
     objective, title = recipe.objective, objectives.title_of(recipe.objective)
-    if isinstance(recipe.source, Online):  # reads prompts only
+    if recipe.source.reads_prompts_only:
         return
     if layout == "prompts":
         raise ConfigError("data.layout: 'prompts' has no pictures; give preference data, or source.kind=online with a reward")

@@ -51,6 +51,25 @@ class Cond(_Movable):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Steps(_Movable):
+    """One step of a sampler for every candidate of B groups.
+
+    x_t: [B, 1, *S] where the candidates of a group came from one state, else [B, K, *S]. x_s: [B, K, *S], what the step led
+    to. t, s: [B] float32, the noise levels before and after, s < t. solver, eta, guidance_scale: of the sampler, whose density
+    the steps have. unconditional: B groups, what guidance compares with, or None.
+    """
+
+    x_t: Tensor
+    x_s: Tensor
+    t: Tensor
+    s: Tensor
+    solver: str
+    eta: float = 1.0
+    guidance_scale: float = 1.0
+    unconditional: Cond | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch(_Movable):
     """Groups of candidates for one prompt each.
 
@@ -58,7 +77,7 @@ class Batch(_Movable):
     pair, equal values for a tie. valid: [B, K] bool. key: [B, 2] int64 (row id, visit), the identity that seeds all noise.
     soft: [B] float32 or None, the probability that the best candidate is truly preferred (soft labels). place: [B] int64 or
     None, the group's number in the run (step * groups a step + its place in the step), the same however a step is cut up.
-    states: [B, K, levels, *S] float32 or None, the latents through which a sampled candidate came, noisiest first.
+    steps: the sampler's steps that step densities are taken of, or None.
     """
 
     x0: Tensor
@@ -68,7 +87,7 @@ class Batch(_Movable):
     key: Tensor
     soft: Tensor | None = None
     place: Tensor | None = None
-    states: Tensor | None = None
+    steps: Steps | None = None
 
     @property
     def groups(self) -> int:

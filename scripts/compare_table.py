@@ -304,7 +304,7 @@ def methods_table(out: Path, readme: Path, configs: Path = Path("configs")) -> s
         k, (name, papers) = candidates[recipe.data.path], said_of(path)
         passes = passes_per_group(recipe, k)
         cells = [name, ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers), needed(recipe, k),
-                 weight_sets(recipe), str(passes), f"[{path.stem}](configs/tiny/{path.name})", full_size(path),
+                 weight_sets(recipe), f"{passes:.3g}", f"[{path.stem}](configs/tiny/{path.name})", full_size(path),
                  *([results.get(path.stem, "")] if results else [])]
         groups[group_of(recipe, k)].append((path.stem != "dpo", name.lower(), f"| {' | '.join(cells)} |"))
     columns = ["method", "paper", "data", "weight sets", "passes", "recipe", "full size",

@@ -9,7 +9,7 @@ case "$kind" in
     *) echo "usage: bash scripts/full_cycle.sh honest|hackable" >&2; exit 2 ;;
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-.venv/bin/diffalign build "configs/full_cycle/${kind}_build.yaml"
+.venv/bin/diffalign build "configs/build/$kind.yaml"
 .venv/bin/diffalign check "configs/full_cycle/$kind.yaml"
 .venv/bin/diffalign train "configs/full_cycle/$kind.yaml"
 .venv/bin/diffalign evaluate "configs/full_cycle/$kind.yaml"

@@ -37,6 +37,7 @@ MODELS = {"pickapic": ("model_0", "model_1"), "pickapic_scored": ("model_0", "mo
           "chosen_rejected": ("chosen_model", "rejected_model"), "unpaired": ("model",)}
 PICTURES = (("jpg_0", "jpg_1"), ("chosen", "rejected"), ("images",), ("image",))
 SCORED = ".scored.jsonl"  # the ending of what `diffalign score` writes beside a table, which stays the table
+USERS = ("user_id", "user")
 NAMED = 1000  # bad rows kept by name; beyond it they are only counted
 
 
@@ -64,7 +65,7 @@ class ImageRef:
 class Row:
     """One group. id: the row's number in its data set, whatever was dropped before it. utility: one float32-exact number per
     image, higher is better. soft: probability that the best is truly preferred, or None for a hard label. models: what drew
-    each picture, where a column says so; else empty."""
+    each picture, where a column says so; else empty. user: who judged, from the column user_id or user, or None."""
 
     id: int
     prompt: str
@@ -73,6 +74,7 @@ class Row:
     soft: float | None
     where: str
     models: tuple[str | None, ...] = ()
+    user: str | None = None
 
     @property
     def tie(self) -> bool:
@@ -255,7 +257,7 @@ def _row(number: int, where: str, root: Path | None, columns: dict, layout: str)
         raise DataError(f"{where}: {error.args[0]}: {error.args[1]}") from None
     tied = len(utility) > 1 and min(utility) == max(utility)
     return Row(id=number, prompt=prompt, images=tuple(images), utility=utility, soft=0.5 if tied else soft, where=where,
-               models=_models(columns, layout, len(images)))
+               models=_models(columns, layout, len(images)), user=_user(columns))
 
 
 def _models(columns: dict, layout: str, count: int) -> tuple[str | None, ...]:
@@ -406,6 +408,14 @@ def _prompt(columns: dict) -> str:
     except UnicodeEncodeError:
         raise _Field(name, "no valid Unicode text") from None
     return value
+
+
+def _user(columns: dict) -> str | None:
+    """As text, so that 7, 7.0 (a column with gaps) and "7" are one person."""
+    value = next((columns[name] for name in USERS if columns.get(name) is not None), None)
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else None if math.isnan(value) else value
+    return None if value is None or isinstance(value, (dict, list, bytes)) else str(value) or None
 
 
 def _image(value, column: str, root: Path | None, where: str) -> ImageRef:

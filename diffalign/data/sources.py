@@ -12,7 +12,7 @@ from torch import Tensor
 from ..objectives.sft import winners
 from ..rewards import Reward
 from ..sampling.latents import Sampler
-from ..types import Batch, Cond
+from ..types import Batch, Cond, Steps
 from .offline import Offline
 
 
@@ -22,6 +22,7 @@ class Stored:
 
     k: int | None = None  # as many as the data has
     sampler = None
+    reads_prompts_only = False
     drawn = 0  # candidates of a group that the model draws
 
 
@@ -37,6 +38,7 @@ class SemiPolicy:
     weights: Literal["reference", "origin", "current"] = "reference"
     k = 2
     drawn = 1
+    reads_prompts_only = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class Online:
     k: int = 2
     sampler: Sampler = Sampler()
     weights: Literal["current", "reference", "origin"] = "current"
+    reads_prompts_only = True
 
     def __post_init__(self):
         if not 2 <= self.k <= 1024:
@@ -61,8 +64,9 @@ class Online:
         return self.k
 
 
-SourceSpec = Stored | SemiPolicy | Online
-SOURCES = {"stored": Stored, "semi_policy": SemiPolicy, "online": Online}
+def sizes_of_samples(extra: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    """Per-candidate conditions [B, any, ...] of data -> [B, k, ...] of pictures that the model draws for the same prompts."""
+    return {name: _drawn(name, x[:, :1]).repeat(1, k, *[1] * (x.dim() - 2)) for name, x in extra.items()}
 
 
 def _drawn(name: str, x: Tensor) -> Tensor:
@@ -74,19 +78,39 @@ Draw = Callable[[Cond, Tensor, tuple[int, ...]], tuple[Tensor, Tensor]]
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 
 
+def along(batch: Batch, states: Tensor, levels: Tensor, sampler: Sampler) -> Batch:
+    """A group for every step of every group, steps outermost: states [B, K, L, *S] at levels [L] -> (L - 1) * B groups.
+
+    The last step, from the lowest level to the image, has no density and is left out.
+    """
+    count = len(levels) - 1
+
+    def again(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.repeat(count, *[1] * (x.dim() - 1))
+
+    cond = replace(batch.cond, tokens=again(batch.cond.tokens), pooled=again(batch.cond.pooled),
+                   extra={name: again(x) for name, x in batch.cond.extra.items()})
+    before, after = (states[:, :, part].movedim(2, 0).flatten(0, 1) for part in (slice(0, -1), slice(1, None)))
+    t, s = (part.cpu().repeat_interleave(batch.groups) for part in (levels[:-1], levels[1:]))
+    return replace(batch, x0=again(batch.x0), cond=cond, utility=again(batch.utility), valid=again(batch.valid),
+                   key=again(batch.key), soft=again(batch.soft), place=again(batch.place),
+                   steps=Steps(x_t=before, x_s=after, t=t, s=s, solver=sampler.solver, eta=sampler.eta))
+
+
 class Sampled:
     """A source whose groups hold samples of the model.
 
     draw(cond of N rows, keys [N, 3], shape) -> x0 [N, *shape] and the path [N, levels, *shape] on the CPU, with the weights
     of that moment. As they, and the keys, are in every checkpoint, it is exact at every step. score(x0 [N, *shape], prompts)
-    -> [N]; NaN leaves one out. paths: keep every candidate's path in the batch.
+    -> [N]; NaN leaves one out. levels: the sampler's noise levels, where the batch is to hold the steps of the samples: a
+    group for each step, from level to level, the image's own ranking at every one.
     """
 
     pure = False  # a step's batches depend on the weights, so they are not read ahead
 
     def __init__(self, stored: Offline, spec: SemiPolicy | Online, draw: Draw, score: Score | None = None, *,
-                 paths: bool = False):
-        self.stored, self.spec, self.draw, self.score, self.paths = stored, spec, draw, score, paths
+                 levels: Tensor | None = None):
+        self.stored, self.spec, self.draw, self.score, self.levels = stored, spec, draw, score, levels
         self.identity, self.k, self.soft, self.groups = stored.identity, spec.k, False, stored.groups
         self.elements = stored.elements
 
@@ -113,14 +137,13 @@ class Sampled:
 
     def _ranked(self, batch: Batch, prompts: Sequence[str]) -> Batch:
         k = self.spec.k
-        cond = replace(batch.cond, extra={name: _drawn(name, x[:, :1]).repeat(1, k, *[1] * (x.dim() - 2))
-                                          for name, x in batch.cond.extra.items()})
+        cond = replace(batch.cond, extra=sizes_of_samples(batch.cond.extra, k))
         x0, states = self._samples(batch, cond, k)
         texts = [prompt for prompt in prompts for _ in range(k)]
         utility = self.score(x0.flatten(0, 1), texts).float().view(batch.groups, k)
         valid = utility.isfinite() & batch.valid.any(1, keepdim=True)
-        return replace(batch, x0=x0, cond=cond, utility=utility.nan_to_num(0.0), valid=valid, soft=None,
-                       states=states if self.paths else None)
+        batch = replace(batch, x0=x0, cond=cond, utility=utility.nan_to_num(0.0), valid=valid, soft=None)
+        return batch if self.levels is None else along(batch, states, self.levels, self.spec.sampler)
 
     def _samples(self, batch: Batch, cond: Cond, k: int) -> tuple[Tensor, Tensor]:
         """x0 [B, k, *S] and paths [B, k, levels, *S]; a key is (row, visit, candidate)."""

@@ -29,6 +29,8 @@ from scipy.stats import t as student
 from .looks import LOOKS
 from .statistics import FEWEST
 
+TOLD = 3  # reasons in the one sentence; the report has all
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -137,7 +139,7 @@ class Diversity:
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """fired: whether there is a reason; each reason is a sentence. doubted: there is a held-out judge, it doesn't rise
+    """fired: whether there is a reason; each is a clause of ``sentence``. doubted: there is a held-out judge, it doesn't rise
     significantly, and the training reward rises significantly more.
 
     training, judge: None where there was none. gap: the training reward's rise minus the judge's, in standard deviations of
@@ -160,7 +162,9 @@ class Alarm:
     def sentence(self) -> str:
         """One line for people."""
         if self.fired:
-            return "Reward hacking: " + "; ".join(self.reasons) + "."
+            more = [f"and {len(self.reasons) - TOLD} more"] if len(self.reasons) > TOLD else []
+            rise = f"while {_moved('the training reward', self.training)}, " if self.training else ""
+            return f"Reward hacking: {rise}{'; '.join([*self.reasons[:TOLD], *more])}."
         return "No sign of reward hacking." if self.prompts >= FEWEST else f"No alarm: {'; '.join(self.notes)}."
 
 
@@ -188,7 +192,7 @@ def alarm(looks: np.ndarray, *, training: np.ndarray | None = None, judge: np.nd
     reasons = []
     if prompts >= FEWEST and (rise is None or rise.rose):
         fallen = rise is not None and _is_below(_change(judge, level), limits.fall)
-        reasons = _reasons(table, variety, rise, held, fallen)
+        reasons = _reasons(table, variety, held, fallen)
     return Alarm(fired=bool(reasons), reasons=reasons, prompts=prompts, statistics=table, diversity=variety, training=rise,
                  judge=held, gap=gap, doubted=doubted, notes=_notes(prompts, rise, held, variety))
 
@@ -297,25 +301,16 @@ def _gap(training: np.ndarray | None, judge: np.ndarray | None, level: float) ->
 
 # --- words ---
 
-def _reasons(table: list[Statistic], variety: Diversity | None, rise: Change | None, held: Change | None,
-             fallen: bool) -> list[str]:
-    meanwhile = _meanwhile(rise, held)
-    found = [f"{row.name} {'rose' if row.shift > 0 else 'fell'} by {abs(row.shift):.1f} standard deviations of the base (band "
-             f"\N{PLUS-MINUS SIGN}{row.band_high:.1f}; from {row.base:.3g} to {row.aligned:.3g}){meanwhile}"
-             for row in sorted(table, key=lambda row: -abs(row.shift)) if row.left]
+def _reasons(table: list[Statistic], variety: Diversity | None, held: Change | None, fallen: bool) -> list[str]:
+    """The judge's fall, then the statistics, the farthest first, then diversity."""
+    found = [_moved("the held-out judge", held)] if fallen else []
+    found += [f"{row.name} {'rose' if row.shift > 0 else 'fell'} by {abs(row.shift):.1f} standard deviations of the base "
+              f"(band \N{PLUS-MINUS SIGN}{row.band_high:.1f}; from {row.base:.3g} to {row.aligned:.3g})"
+              for row in sorted(table, key=lambda row: -abs(row.shift)) if row.left]
     if variety is not None and variety.fell:
         found.append(f"the pictures of a prompt have become alike: {variety.ratio:.0%} of the base's diversity (interval "
-                     f"{variety.low:.0%} to {variety.high:.0%}, limit {variety.limit:.0%}){meanwhile}")
-    if fallen:
-        found.append(_moved("the held-out judge", held) + _meanwhile(rise, None))
+                     f"{variety.low:.0%} to {variety.high:.0%}, limit {variety.limit:.0%})")
     return found
-
-
-def _meanwhile(rise: Change | None, held: Change | None) -> str:
-    """What the training reward and the judge did, as the end of a sentence."""
-    parts = [_moved("the training reward", rise)] if rise else []
-    parts += [_moved("the held-out judge", held)] if held else []
-    return f" while {' and '.join(parts)}" if parts else ""
 
 
 def _moved(name: str, change: Change) -> str:

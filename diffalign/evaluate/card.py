@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..models.spec import LATENT_REWARD
 from .files import redact, write
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ def is_hub_id(name: str) -> bool:
 
 def loading(run: Run) -> dict[str, str]:
     """How to use the files: {"diffusers": code, "comfyui": words or ""}."""
+    if LATENT_REWARD in run.files:
+        code = ("from diffalign.config import load_reward", "",
+                f'reward = load_reward({{"kind": "latent", "path": "path/to/this/folder/{LATENT_REWARD}"}})',
+                "scores = reward(pictures, prompts)", "")
+        return {"diffusers": "\n".join(code), "comfyui": ""}
     base = run.base_model if is_hub_id(run.base_model) else f"path/to/{Path(run.base_model).name}"
     scheduler, options = _scheduler(run)
     names = sorted({"DiffusionPipeline", run.sampling.get("scheduler") or "DiffusionPipeline"})

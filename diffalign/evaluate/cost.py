@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..data.stepwise import Stepwise
 from ..likelihood import Transitions
 from ..methods import Preference
 
@@ -16,15 +17,33 @@ def passes_per_group(recipe, candidates: int) -> int:
     those of the sampler for every candidate that the model draws itself. Every candidate goes through the model, also those
     that the objective then leaves out (SFT's losers). The probe of a gated reference, some passes a step at most, is left out.
     """
+    if isinstance(recipe.source, Stepwise):
+        return _stepwise(recipe)
     method, source = Preference.of(recipe.likelihood, recipe.objective, recipe.reference), recipe.source
     estimator = recipe.likelihood
     if isinstance(estimator, Transitions):
-        draws, inversion = estimator.steps, 0
+        draws, inversion = len(source.sampler.times()) - 1, 0  # the last step has no density
     else:
         draws, inversion = estimator.draws, estimator.noise.forwards
     forwards = 1 + BACKWARD + len({*method.reads} - {"policy"}) + inversion
     sampling = source.drawn * source.sampler.forwards if source.drawn else 0
     return (source.k or candidates) * draws * forwards + sampling
+
+
+def _stepwise(recipe) -> float:
+    """A pair costs the passes of its step's shared state, and its share of the rollout, if every pair is kept."""
+    source, method = recipe.source, Preference.of(recipe.likelihood, recipe.objective, recipe.reference)
+    twice = 1 if source.sampler.guidance_scale == 1 else 2
+    forks, children = source.forks(), source.candidates if source.judge.predicts else 0
+    states = 1 if source.block == 1 else 2
+    compared = len(forks) * source.block
+    walked = forks[-1] + source.block  # states on the way; a judge that predicts has seen those after a fork already
+    own = walked if not children else walked - len(forks) + 1
+    branches = len(forks) * (source.block - 1) * (source.candidates - 1)
+    rollout = twice * (own + branches + len(forks) * children)
+    judging = len(forks) * source.candidates * getattr(source.judge, "forwards", 0)
+    training = twice * states * (1 + BACKWARD + len({*method.reads} - {"policy"}))
+    return training + (rollout + judging) / compared
 
 
 def groups_per_step(recipe) -> int:

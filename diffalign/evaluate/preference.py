@@ -23,12 +23,12 @@ from .. import rng
 from ..likelihood import Simple, Weighting
 from ..methods.base import Context
 from ..objectives import BestWorst
-from ..process import Shared, draw_keys
+from ..process import Independent, NoisePlan, Shared, draw_keys
 from ..types import Batch, Noised
 from .statistics import wilson
 
 BINS = 5
-SIMPLE = Simple()
+SIMPLE, INDEPENDENT = Simple(), Independent()
 
 
 def stratified(seed: int, keys: Tensor, draws: int) -> Tensor:
@@ -64,7 +64,8 @@ class Margins:
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
     """value: share of pairs ordered right, ties one half, with Wilson's 95 % interval over pairs. per_draw: the same of
-    single draws. by_time: single draws by fifths of time, nearly clean first; None where a fifth has no draw.
+    single draws. by_time: single draws by fifths of time, nearly clean first; None where a fifth has no draw. by_time_low,
+    by_time_high: their 95 % intervals, over the pairs that have a draw there, however many draws each has.
     """
 
     value: float
@@ -72,6 +73,8 @@ class Accuracy:
     high: float
     per_draw: float
     by_time: list[float | None]
+    by_time_low: list[float | None]
+    by_time_high: list[float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +130,7 @@ def measure(ctx: Context, batch: Batch, draws: int, against: str | None, weighti
 
     reference = None if against is None else errors(against)
     policy = errors("policy")
-    b, w, l = BestWorst()(batch)
-    decided = batch.utility[b, w] > batch.utility[b, l]  # soft labels keep ties, which nobody can order right
-    b, w, l = b[decided], w[decided], l[decided]
+    b, w, l = _decided(batch)
     change = policy if reference is None else policy - reference
 
     def margin(error):
@@ -168,11 +169,70 @@ def before_and_after(after: HeldoutPreference, before: HeldoutPreference | None 
         likelihood_before = None if before is None else before.likelihood_accuracy
         start = None if likelihood_before is None else likelihood_before.value
     return {"before": start, "after": chosen.value, "after_low": chosen.low, "after_high": chosen.high, "of": kind,
-            "per_draw": chosen.per_draw, "by_time": chosen.by_time, "pairs": after.pairs, "draws": after.draws,
+            "per_draw": chosen.per_draw, "by_time": chosen.by_time, "by_time_low": chosen.by_time_low,
+            "by_time_high": chosen.by_time_high, "pairs": after.pairs, "draws": after.draws,
             "margin": after.margin, "win_error_change": after.win_error_change,
             "lose_error_change": after.lose_error_change,
             "likelihood_accuracy": {"before": None if likelihood_before is None else asdict(likelihood_before),
                                     "after": asdict(after.likelihood_accuracy)}}
+
+
+# --- scores of a latent reward model ---
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutScores:
+    """How often a latent reward model scores the preferred picture higher. margin: mean difference of scores, in logits."""
+
+    pairs: int
+    draws: int
+    accuracy: Accuracy
+    margin: float
+
+    def figures(self) -> dict[str, float]:
+        """Flat numbers for the log; accuracy_t0 is that of single draws that are nearly clean, accuracy_t4 nearly noise."""
+        found = self.accuracy
+        bins = {f"accuracy_t{i}": value for i, value in enumerate(found.by_time) if value is not None}
+        return {"accuracy": found.value, "accuracy_low": found.low, "accuracy_high": found.high, "margin": self.margin, **bins}
+
+    def tree(self) -> dict:
+        """The report's ``heldout_preference_accuracy``; JSON-ready."""
+        found = asdict(self.accuracy)
+        return {"before": None, "after": found.pop("value"), "after_low": found.pop("low"), "after_high": found.pop("high"),
+                "of": "scores of the latent reward", **found, "pairs": self.pairs, "draws": self.draws,
+                "margin": self.margin, "likelihood_accuracy": {"before": None, "after": None}}
+
+
+@torch.no_grad()
+def heldout_scores(ctx: Context, batches: Iterable[Batch], *, draws: int = 10, noise: NoisePlan = INDEPENDENT, device=None
+                   ) -> HeldoutScores | None:
+    """ctx: predict("policy", ...) gives scores [N]. The same (pair, time, noise) draws at every call. None without a pair."""
+    ctx, parts = replace(ctx, seed=rng.integer(ctx.seed, "heldout")), []
+    for batch in batches:
+        batch = batch if device is None else batch.to(device)
+        parts += [part for part in (_score_margins(ctx, batch, draws, noise),) if len(part[0])]
+    if not parts:
+        return None
+    margin, t = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    return HeldoutScores(pairs=len(margin), draws=draws, accuracy=_accuracy(margin, t), margin=float(margin.mean()))
+
+
+def _score_margins(ctx: Context, batch: Batch, draws: int, noise: NoisePlan) -> tuple[Tensor, Tensor]:
+    """Winner's score minus the loser's, and the times: [P, D] each, on the CPU."""
+    b, w, l = _decided(batch)
+    cond, margins, times = batch.cond.rows(batch.k), [], []
+    for keys in draw_keys(batch.key, draws).split(batch.groups):
+        noised = noise.draw(batch, ctx, keys, stratified(ctx.seed, keys, draws))
+        scores = ctx.predict("policy", noised.xt, noised.t, cond).float().view(batch.groups, batch.k)
+        margins.append((scores[b, w] - scores[b, l]).cpu())
+        times.append(noised.t.view_as(scores)[b, w].cpu())
+    return torch.stack(margins, 1), torch.stack(times, 1)
+
+
+def _decided(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Group, winner and loser of the pairs that are no ties: soft labels keep those, which nobody can order right."""
+    b, w, l = BestWorst()(batch)
+    decided = batch.utility[b, w] > batch.utility[b, l]
+    return b[decided], w[decided], l[decided]
 
 
 def _rows(noised: Noised, part: slice) -> Noised:
@@ -192,8 +252,17 @@ def _accuracy(margin: Tensor, t: Tensor) -> Accuracy:
     single = _right(margin)
     low, high = wilson(float(right.mean()), len(right))
     index = (t * BINS).long().clamp(0, BINS - 1)
-    by_time = [float(single[index == i].mean()) if (index == i).any() else None for i in range(BINS)]
-    return Accuracy(value=float(right.mean()), low=low, high=high, per_draw=float(single.mean()), by_time=by_time)
+    by_time, by_time_low, by_time_high = zip(*(_bin(single, index == i) for i in range(BINS)), strict=True)
+    return Accuracy(value=float(right.mean()), low=low, high=high, per_draw=float(single.mean()), by_time=list(by_time),
+                    by_time_low=list(by_time_low), by_time_high=list(by_time_high))
+
+
+def _bin(single: Tensor, there: Tensor) -> tuple[float | None, float | None, float | None]:
+    """Share and interval of the draws that are ``there``. Draws of one pair are alike, so pairs are what is counted."""
+    if not there.any():
+        return None, None, None
+    share = float(single[there].mean())
+    return share, *wilson(share, int(there.any(1).sum()))
 
 
 def _right(margin: Tensor) -> Tensor:

@@ -1,72 +1,58 @@
-"""The exact log-density of a sampler's Gaussian transitions, where a candidate's own path is known."""
+"""The exact log-density of a sampler's Gaussian transitions, where a candidate's own step is known."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
-import torch
 from torch import Tensor
 
-from ..process.solver import stochastic_step
-from ..types import Batch, Estimate
+from ..process.solver import guided, stochastic_step
+from ..types import Batch, Cond, Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transitions:
-    """log p(x_{n+1} | x_n, c) of every stochastic step of a sample, in nats per latent element.
+    """log p(x_s | x_t, c) of each candidate's step, in nats per latent element: -1/(2 std^2) * mean (x_s - mean)^2.
 
-    -1/(2 std^2) * mean (x_{n+1} - mean)^2; the last step, from the lowest level to the image, has no density and is left out.
-    solver, timesteps: the sampler's (see ``diffalign.sampling.latents.Sampler``). Source: PSO (arXiv 2410.03190; pso.md 2a);
-    with the 20 levels of an ancestral sampler it is D3PO's estimator.
+    The batch's steps say which sampler drew them (``diffalign.sampling.latents.Sampler``). Candidates that came from one state
+    share its pass: one for the policy and one for each other weight set serve the whole group. With guidance the density is
+    that of the guided sampler, and both of its passes have a gradient. Sources: PSO (arXiv 2410.03190; pso.md 2a), D3PO, SPO
+    and LPO (spo.md 2c, lpo_lrm.md 2d), whose released codes take the mean over elements too.
     """
 
-    solver: Literal["lcm", "ancestral"] = "lcm"
-    timesteps: tuple[int, ...] = (999, 749, 499, 249)
-
-    def __post_init__(self):
-        if len(self.timesteps) < 2 or any(a <= b for a, b in zip(self.timesteps, self.timesteps[1:])):
-            raise ValueError(f"timesteps must be two or more and fall, got {list(self.timesteps)}")
-
-    @property
-    def steps(self) -> int:
-        """Transitions with a density."""
-        return len(self.timesteps) - 1
-
-    def __call__(self, batch: Batch, ctx, against: Mapping[str, float] | str | None, anchor: str | None = None
-                 ) -> tuple[Estimate, Batch]:
-        """batch: B groups of K with ``states`` [B, K, levels, *S] -> Estimate [steps*B, K], a group for each step, and the
-        batch repeated to match, steps outermost. ``error`` is the squared error in units of the step's variance."""
-        if batch.states is None or batch.states.shape[2] != len(self.timesteps):
-            raise ValueError("transitions need the path of every candidate, with a latent for each of the timesteps")
+    def __call__(self, batch: Batch, ctx, against: Mapping[str, float] | str | None, anchor: str | None = None) -> Estimate:
+        """batch: B groups of K with ``steps`` -> Estimate [B, K]. ``error`` is the squared error in units of the step's
+        variance.
+        """
+        steps = batch.steps
+        if steps is None:
+            raise ValueError("transitions need the step of every candidate: a batch with steps")
         against = {against: 1.0} if isinstance(against, str) else dict(against or {})
-        wide = repeat(batch, self.steps)
-        x, after = (batch.states[:, :, part].movedim(2, 0).flatten(0, 2) for part in (slice(0, -1), slice(1, None)))
-        levels = ctx.process.snap((torch.tensor(self.timesteps, dtype=torch.float64, device=x.device) + 1) / 1000)
-        t, to = (part.repeat_interleave(batch.groups * batch.k) for part in (levels[:-1], levels[1:]))
-        cond = batch.cond.rows(batch.k, self.steps)
+        states = steps.x_t.shape[1]  # 1 where the candidates share it
+        x, cond = steps.x_t.flatten(0, 1), _some(batch.cond, states).rows(states)
+        empty = None if steps.unconditional is None else _some(steps.unconditional, states).rows(states)
+        t, to = (level.repeat_interleave(states) for level in (steps.t, steps.s))
+
+        def predict(name: str) -> Tensor:
+            return guided(ctx, name, x, t, cond, empty, steps.guidance_scale)
 
         def error(raw: Tensor) -> Tensor:
-            mean, std = stochastic_step(ctx, x, raw, t, to, self.solver)
-            return ((after - mean).square().flatten(1).mean(1) / std**2).view(wide.groups, batch.k)
+            mean, std = stochastic_step(ctx, x, raw, t, to, steps.solver, steps.eta)
+            apart = (steps.x_s - mean.view_as(steps.x_t)).square().flatten(2).mean(2)
+            return apart / std.view(-1, states).square()
 
-        raws = {name: ctx.predict(name, x, t, cond).float() for name in dict.fromkeys((*against, *filter(None, (anchor,))))}
+        raws = {name: predict(name) for name in dict.fromkeys((*against, *filter(None, (anchor,))))}
         references = {name: error(raws[name]) for name in against}
         reference = sum(share * references[name] for name, share in against.items()) if against else None
-        raw = ctx.predict("policy", x, t, cond).float()
+        raw = predict("policy")
         own = error(raw)
-        distance = None if anchor is None else (raw - raws[anchor]).square().flatten(1).mean(1).view(own.shape) / 2
+        distance = None if anchor is None else (raw - raws[anchor]).square().flatten(1).mean(1).view(-1, states) / 2
         return Estimate(policy=-0.5 * own, reference=None if reference is None else -0.5 * reference, error=own,
-                        reference_error=reference, t=t.view(own.shape), anchor=distance), wide
+                        reference_error=reference, t=steps.t[:, None].expand_as(own),
+                        anchor=None if distance is None else distance.expand_as(own))
 
 
-def repeat(batch: Batch, times: int) -> Batch:
-    """The batch's groups ``times`` times over, without their states."""
-    def again(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.repeat(times, *[1] * (x.dim() - 1))
-
-    cond = replace(batch.cond, tokens=again(batch.cond.tokens), pooled=again(batch.cond.pooled),
-                   extra={name: again(x) for name, x in batch.cond.extra.items()})
-    return replace(batch, x0=again(batch.x0), cond=cond, utility=again(batch.utility), valid=again(batch.valid),
-                   key=again(batch.key), soft=again(batch.soft), place=again(batch.place), states=None)
+def _some(cond: Cond, states: int) -> Cond:
+    """The condition of the first candidates: those of a group that share a state share its sizes."""
+    return replace(cond, extra={name: x[:, :states] for name, x in cond.extra.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from ..likelihood import Likelihood, Transitions
+from ..likelihood import Likelihood
 from ..objectives import Objective
 from ..types import Batch, Loss
 from .base import Context
@@ -45,10 +45,7 @@ class Preference:
         return tuple(dict.fromkeys(("policy", *self.against, *filter(None, (self.anchor,)))))
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
-        est, groups = self.estimator(batch, ctx, self.against, self.anchor), batch.groups
-        if isinstance(self.estimator, Transitions):  # a group for every step of its path: their mean is the group's loss
-            est, batch = est
+        est = self.estimator(batch, ctx, self.against, self.anchor)
         loss = self.objective(est, batch, ctx.memory)
         rows = loss.per_group if est.importance is None else loss.per_group * est.importance
-        rows = rows.view(-1, groups).mean(0)
         return replace(loss, per_group=rows, metrics={**health(est, batch), **loss.metrics})

@@ -55,6 +55,7 @@ class Adapter:
     module_class: ClassVar[str]             # the denoiser's diffusers class
     texts: ClassVar[tuple[str, ...]]        # text encoders and tokenizers that the pipeline cannot do without
     lora_targets: ClassVar[tuple[str, ...]]
+    pooled_is_projected: ClassVar[bool]     # whether the pooled prompt has gone through the encoder's CLIP projection
     kohya_prefix: ClassVar[str]             # goes before LoRA keys into convert_state_dict_to_kohya: "unet" for lora_unet_
     kohya_metadata: ClassVar[dict[str, str]]
 

@@ -22,6 +22,7 @@ class SD3(Adapter):
     family, pipeline, component = "sd3", "StableDiffusion3Pipeline", "transformer"
     module_class = "SD3Transformer2DModel"
     texts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")  # T5 may be left out
+    pooled_is_projected = True
     # both streams of the joint attention, and SD3.5-medium's second image attention (attn2) by the same names
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     kohya_prefix = "lora_transformer"

@@ -16,13 +16,16 @@ class EncoderFacts:
     """What is known of the encoders without loading them (``load.encoder_facts``).
 
     spatial_factor: pixels per latent number and axis. latent_channels: C. default_resolution: pixels, the denoiser's own.
-    identity: {"vae": hash, "text": hash} of weights, configurations and tokenizers, for the cache key.
+    scaling_factor, shift_factor: of the VAE's configuration. identity: {"vae": hash, "text": hash} of weights, configurations
+    and tokenizers, for the cache key.
     """
 
     family: str
     spatial_factor: int
     latent_channels: int
     default_resolution: int
+    scaling_factor: float
+    shift_factor: float | None
     identity: dict[str, str]
 
 
@@ -44,6 +47,10 @@ class Encoders(EncoderFacts):
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels: [N, 3, H, W] in [-1, 1] -> mean and std of the posterior, [N, C, h, w] float32, scaled to unit variance."""
+        return self.posterior(pixels)
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """``encode_images``, with gradient if one is wanted."""
         with self._float32():
             posterior = self.pipe.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
         shift, scale = self._scaling()
@@ -61,9 +68,8 @@ class Encoders(EncoderFacts):
         with self._float32():
             return _float(self.adapter.unconditional(self.pipe))
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: [N, C, h, w], unit variance -> pixels [N, 3, H, W] float32 in [-1, 1]."""
+        """latents: [N, C, h, w], unit variance -> pixels [N, 3, H, W] float32 in [-1, 1], with gradient if one is wanted."""
         shift, scale = self._scaling()
         with self._float32():
             pixels = self.pipe.vae.decode(latents.to(self.device, torch.float32) / scale + shift, return_dict=False)[0]

@@ -60,7 +60,7 @@ def load_pipeline(spec: ModelSpec, *, parts: Literal["all", "encoders"] = "all")
         absent[adapter.component] = None
     if spec.pretrained_vae_model_name_or_path:
         absent["vae"] = _load_vae(spec)
-    with _loading(folder.name):
+    with loading(folder.name):
         # without a dtype transformers 5 takes the checkpoint's, which may be half precision
         pipe = getattr(diffusers, adapter.pipeline).from_pretrained(
             folder.path, torch_dtype=torch.float32, use_safetensors=True, variant=spec.variant, local_files_only=True,
@@ -93,8 +93,8 @@ def encoder_facts(spec: ModelSpec) -> EncoderFacts:
     _check_positive(folder, "the VAE's config.json: scaling_factor", vae.get("scaling_factor", 1.0))
     return EncoderFacts(
         family=adapter.family, spatial_factor=factor, latent_channels=vae.get("latent_channels", 4),
-        default_resolution=factor * min(sides),
-        identity=_encoder_identity(spec, folder))
+        default_resolution=factor * min(sides), scaling_factor=vae.get("scaling_factor", 1.0),
+        shift_factor=vae.get("shift_factor"), identity=_encoder_identity(spec, folder))
 
 
 def _check_positive(folder: Folder, what: str, *values: object) -> None:
@@ -112,7 +112,7 @@ def load_denoiser(spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device
 
     folder, adapter = inspect(spec)
     check_components(folder, (adapter.component,))
-    with _loading(folder.name):
+    with loading(folder.name):
         module, info = getattr(diffusers, adapter.module_class).from_pretrained(
             folder.path, subfolder=adapter.component, torch_dtype=torch.float32 if spec.fuse_lora else dtype,
             use_safetensors=True, variant=spec.variant, local_files_only=True, output_loading_info=True)
@@ -122,7 +122,7 @@ def load_denoiser(spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device
     if spec.fuse_lora:  # in float32, so that the sum is rounded once
         fuse(adapter, module, lora_file(spec.fuse_lora))
         torch.nn.Module.to(module, dtype)  # diffusers' own warns of layers to keep in float32, of which no family here has any
-    with _loading(folder.name):  # diffusers builds the noise schedule from whatever its file says
+    with loading(folder.name):  # diffusers builds the noise schedule from whatever its file says
         return adapter.assemble(module.to(device).eval(), folder.config("scheduler"),
                                 _denoiser_identity(spec, folder, adapter))
 
@@ -215,7 +215,8 @@ def _encoder_identity(spec: ModelSpec, folder: Folder) -> dict[str, str]:
     text = [file for part in TEXT if part in folder.components for file in files(part)]
     # whether "no prompt" means zeros is written in the pipeline's index
     zeros = f"force_zeros_for_empty_prompt={folder.index.get('force_zeros_for_empty_prompt')}"
-    return {"vae": digest(_vae_files(spec, folder)), "text": digest(text, zeros)}
+    kept = ["pooled"] if folder.pipeline == SD.pipeline else []  # caches from before it was kept have none
+    return {"vae": digest(_vae_files(spec, folder)), "text": digest(text, zeros, *kept)}
 
 
 def _vae_files(spec: ModelSpec, folder: Folder) -> list[Path]:
@@ -231,14 +232,14 @@ def _load_vae(spec: ModelSpec) -> Any:
 
     name, folder = spec.pretrained_vae_model_name_or_path, _vae_folder(spec)
     check_weights(weight_files(folder, None, name), name)
-    with _loading(name):
+    with loading(name):
         return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
 
 
 def _vae_folder(spec: ModelSpec) -> Path:
     """The folder with the VAE's config.json: of its own, or vae/ inside a pipeline. Raises ModelError."""
     name = spec.pretrained_vae_model_name_or_path
-    path = Path(name) if os.path.isdir(name) else _download(name, None, ["*config.json", "*.safetensors", "vae/*"])
+    path = Path(name) if os.path.isdir(name) else download(name, None, ["*config.json", "*.safetensors", "vae/*"])
     path = path / "vae" if (path / "vae").is_dir() else path
     found = read_json(path / "config.json", name).get("_class_name")
     if found != "AutoencoderKL":
@@ -258,9 +259,9 @@ def _resolve(spec: ModelSpec) -> Path:
     if not _HUB_ID.fullmatch(name):
         raise ModelError(f"{name}: no such folder (and not a hub id of the form owner/name)")
     # the index first: what it names decides whether the rest is worth a download
-    parts = read_folder(_download(name, spec.revision, ["model_index.json"]), name).components
+    parts = read_folder(download(name, spec.revision, ["model_index.json"]), name).components
     patterns = [f"{part}/*{end}" for part in parts for end in (".json", ".txt", ".model", *_weight_patterns(spec.variant))]
-    return _download(name, spec.revision, ["model_index.json", *patterns])
+    return download(name, spec.revision, ["model_index.json", *patterns])
 
 
 def _weight_patterns(variant: str | None) -> tuple[str, ...]:
@@ -270,7 +271,7 @@ def _weight_patterns(variant: str | None) -> tuple[str, ...]:
     return ("model.safetensors", "model-*.safetensors")
 
 
-def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+def download(name: str, revision: str | None, patterns: list[str]) -> Path:
     """Files of a hub repository -> its folder in the cache. Raises ModelError, one line, also when offline."""
     from huggingface_hub import snapshot_download
 
@@ -283,7 +284,7 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 @contextmanager
-def _loading(name: str):
+def loading(name: str):
     """Whatever a library raises on a damaged model becomes one line."""
     try:
         with warnings.catch_warnings():

@@ -45,10 +45,12 @@ def _unsupported(config: dict[str, Any], scheduler_config: dict[str, Any]) -> st
 
 @dataclass(kw_only=True)
 class SD(Adapter):
-    """Stable Diffusion 1.x and 2.x. Cond: tokens [N, L, D]."""
+    """Stable Diffusion 1.x and 2.x. Cond: tokens [N, L, D], pooled [N, D]: the state at the end of the prompt, which the
+    denoiser does not read; latent reward models do."""
 
     family, pipeline, component, module_class = "sd", "StableDiffusionPipeline", "unet", "UNet2DConditionModel"
     texts = ("text_encoder", "tokenizer")
+    pooled_is_projected = False
     lora_targets, kohya_prefix = ATTENTION, "unet"
     kohya_metadata = {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
 
@@ -67,12 +69,19 @@ class SD(Adapter):
         return _unsupported(config, scheduler_config)
 
     @staticmethod
-    def encode(pipe, prompts: list[str]) -> tuple[Tensor, None]:
-        return pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[0], None
+    def encode(pipe, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        return pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[0], _pooled(pipe, prompts)
 
     @staticmethod
-    def unconditional(pipe) -> tuple[Tensor, None]:
-        return pipe.encode_prompt([""], pipe.text_encoder.device, 1, True)[1], None
+    def unconditional(pipe) -> tuple[Tensor, Tensor]:
+        return pipe.encode_prompt([""], pipe.text_encoder.device, 1, True)[1], _pooled(pipe, [""])
+
+
+def _pooled(pipe, prompts: list[str]) -> Tensor:
+    """[N, D]: the text encoder's last state at the end of each prompt, which the stock pipeline does not give."""
+    ids = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True,
+                         return_tensors="pt").input_ids
+    return pipe.text_encoder(ids.to(pipe.text_encoder.device)).pooler_output
 
 
 @dataclass(kw_only=True)
@@ -84,6 +93,7 @@ class SDXL(Adapter):
 
     family, pipeline, component, module_class = "sdxl", "StableDiffusionXLPipeline", "unet", "UNet2DConditionModel"
     texts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    pooled_is_projected = True
     lora_targets, kohya_prefix = ATTENTION, "unet"
     kohya_metadata = {"ss_base_model_version": "sdxl_base_v1-0",
                       "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}

@@ -34,6 +34,8 @@ class Pairwise:
     min(1, exp(on_policy * beta * (sum of both log-ratios))), the pair's importance under the policy, for pairs that the
     reference drew (after WPO, arXiv 2406.11827, whose token average has no counterpart here). dynamic: beta-DPO (arXiv
     2407.08639): beta * max(1e-3, 1 + dynamic * (last step's mean logit - its running mean)). None of these has a gradient.
+    less_entropy: the label's own entropy is taken off, so that a pair judged just as its soft label says costs 0 with the
+    logistic link: log 2 for a tie, as reward models' code does (PickScore, LRM). It moves no gradient.
     """
 
     beta: float
@@ -47,6 +49,7 @@ class Pairwise:
     clip: float | None = None
     on_policy: float = 0.0
     dynamic: float = 0.0
+    less_entropy: bool = False
     min_k = 2
 
     def __post_init__(self):
@@ -80,7 +83,8 @@ class Pairwise:
         stretch = getattr(self.link, "stretch", 1.0)
         own = tuple(self._clipped(est.log_ratio[b, i]) for i in (w, l))
         winner, loser = ((ratio - shift) * label.scale for ratio in own)
-        rows = label.weight * self._both_orders(winner, loser, label.p, label.offset / (2 * beta * stretch), beta)
+        rows = self._both_orders(winner, loser, label.p, label.offset / (2 * beta * stretch), beta)
+        rows = label.weight * (rows - _entropy(label.p) if self.less_entropy else rows)
         metrics = {} if self.flip == "none" else {"flipped": (own[0] <= 0).float()}
         if self.on_policy:
             weight = torch.exp(self.on_policy * self.beta * (own[0] + own[1]).detach()).clamp(max=1)
@@ -120,3 +124,8 @@ class Pairwise:
         if self.dynamic:
             observed |= {name: mean_of(self.beta * (winner - loser)) for name in (LAST, MEAN)}
         return observed
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Of a coin with probability p, in nats."""
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))

@@ -4,9 +4,12 @@
 
 from .aesthetic import Aesthetic
 from .base import Reward, check, columns_of, identity, judged
+from .blend import Calibrated, LogSigmoidCentred, Minimum, WeightedSum, ZScore
 from .clip import ClipScore, HPSv2, PickScore
 from .hpsv3 import HPSv3
 from .image_reward import ImageReward
+from .latent import Latent
+from .learned import Learned, Pal
 from .mps import MPS
 from .ocr import TextRendering
 from .remote import RemoteReward, VLMJudge
@@ -18,6 +21,13 @@ REWARDS = {
     "brightness": Brightness,
     "colourfulness": Colourfulness,
     "compressibility": Compressibility,
+    "weighted_sum": WeightedSum,
+    "z_score": ZScore,
+    "minimum": Minimum,
+    "log_sigmoid_centred": LogSigmoidCentred,
+    "calibrated": Calibrated,
+    "learned": Learned,
+    "pal": Pal,
     "clip": ClipScore,
     "pickscore": PickScore,
     "hpsv2": HPSv2,
@@ -28,6 +38,7 @@ REWARDS = {
     "ocr": TextRendering,
     "remote": RemoteReward,
     "vlm": VLMJudge,
+    "latent": Latent,
 }
 
 __all__ = ["REWARDS", "Reward", "check", "columns_of", "identity", "judged"]

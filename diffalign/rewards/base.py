@@ -43,14 +43,21 @@ def judged(reward: Reward, images: Sequence[Any], prompts: Sequence[str],
     missing = [name for name in columns_of(reward) if name not in (columns or {})]
     if missing:
         raise DataError(f'reward "{reward.name}" reads a column "{missing[0]}" beside picture and prompt, and there is none')
-    with torch.no_grad(), _named(reward, f"failed on {len(prompts)} pictures"):
-        scores = reward(images, prompts, **{name: columns[name] for name in columns_of(reward)})
+    with torch.no_grad():
+        scores = asked(reward, images, prompts, {name: columns[name] for name in columns_of(reward)}).detach().cpu()
+    return torch.where(scores.isfinite(), scores, torch.nan)
+
+
+def asked(reward: Reward, images: Sequence[Any], prompts: Sequence[str], columns: Mapping[str, Sequence]) -> Tensor:
+    """The reward's scores as it gave them, [N] float32, with gradient if there is one. Raises as ``judged`` does."""
+    with _named(reward, f"failed on {len(prompts)} pictures"):
+        scores = reward(images, prompts, **columns)
     with _named(reward, "must give one number per picture"):
-        scores = torch.as_tensor(scores).detach().float().cpu()
+        scores = torch.as_tensor(scores).float()
     if scores.shape != (len(prompts),):
         raise RewardError(f'reward "{reward.name}" gave scores of shape {tuple(scores.shape)} for {len(prompts)} pictures; it '
                           "must give one number per picture")
-    return torch.where(scores.isfinite(), scores, torch.nan)
+    return scores
 
 
 @contextmanager

@@ -40,13 +40,17 @@ class Preprocess:
     antialias: bool = True
 
     def __call__(self, image: Any) -> Tensor:
+        return _normalise(self.unit(image))
+
+    def unit(self, image: Any) -> Tensor:
+        """[3, size, size] in [0, 1], before it is normalised."""
         if self.fit == "letterbox":
-            return _normalise(self._letterbox(_unit(image)))
+            return self._letterbox(_unit(image))
         if isinstance(image, Tensor) and image.is_floating_point():
-            return _normalise(self._crop(self._resize_short(_unit(image))))
+            return self._crop(self._resize_short(_unit(image)))
         picture = as_pil(image)
         height, width = self._short_sizes(picture.height, picture.width)
-        return _normalise(self._crop(pixels(picture.resize((width, height), Image.Resampling.BICUBIC))))
+        return self._crop(pixels(picture.resize((width, height), Image.Resampling.BICUBIC)))
 
     def _short_sizes(self, height: int, width: int) -> tuple[int, int]:
         """The shortest side becomes ``size``; the other is cut to whole pixels, as torchvision and transformers do."""

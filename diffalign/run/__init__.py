@@ -7,6 +7,7 @@ from .prepare import check, encode
 from .rich import rich
 from .score import score
 from .train import train
+from .train_reward import train_reward
 from .words import LORA_FILE
 
-__all__ = ["LORA_FILE", "arena", "build", "check", "encode", "evaluate", "grid", "rich", "score", "train"]
+__all__ = ["LORA_FILE", "arena", "build", "check", "encode", "evaluate", "grid", "rich", "score", "train", "train_reward"]

@@ -12,12 +12,14 @@ from .. import data
 from ..config import Evaluation, Recipe, check_layout
 from ..data.prompts import read_prompts
 from ..data.sources import Online, Sampled, Stored
+from ..data.stepwise import Stepwise, StepwiseSource
 from ..errors import ConfigError
 from ..evaluate.monitor import MonitorSpec, with_defaults
-from ..likelihood import Transitions
+from ..likelihood import LatentScores, Transitions
 from ..methods import Context, Preference, Probe
 from ..models.base import Denoiser, enable_gradient_checkpointing
-from ..models.load import encoder_facts, inspect, is_distilled, load_denoiser, load_encoders
+from ..models.latent_reward import from_denoiser
+from ..models.load import encoder_facts, inspect, is_distilled, load_denoiser, load_encoders, model_identity
 from ..models.weights import WeightBank
 from ..objectives import title_of
 from ..objectives.sft import winners
@@ -28,6 +30,7 @@ from ..train import world_of
 from ..types import Memory
 
 PROBE = 64  # winners that a gated reference is measured on
+FEW = 8  # timesteps of a schedule that only a distilled model can draw with
 
 
 def check_before(recipe: Recipe) -> None:
@@ -36,15 +39,23 @@ def check_before(recipe: Recipe) -> None:
     _check_distilled(recipe)
     check_evaluate(recipe)
     check_monitor(recipe)
-    if isinstance(recipe.source, Online):
-        check_judge("source.reward", recipe.source.reward)
+    judge = getattr(recipe.source, "judge", None)
+    check_judge("source.judge.reward" if judge else "source.reward", getattr(judge or recipe.source, "reward", None))
+    if hasattr(judge, "check_for"):
+        judge.check_for(recipe.model)
+
+
+def identity_of(recipe: Recipe) -> dict[str, str]:
+    """Hashes of what a run depends on besides its data: one with another base or judge must not continue it."""
+    judge = getattr(recipe.source, "judge", None)
+    return {"base": model_identity(recipe.model), **({"judge": judge.identity()} if hasattr(judge, "identity") else {})}
 
 
 def _check_distilled(recipe: Recipe) -> None:
     """A model that was not distilled has learned nothing of drawing in four steps; training it there would only blur it."""
     places = (("likelihood.times", getattr(recipe.likelihood, "times", None)), ("likelihood", recipe.likelihood),
               ("source.sampler", recipe.source.sampler))
-    name = next((name for name, part in places if getattr(part, "timesteps", None)), None)
+    name = next((name for name, part in places if 0 < len(getattr(part, "timesteps", None) or ()) <= FEW), None)
     if name is not None and not is_distilled(recipe.model):
         raise ConfigError(f"{name}.timesteps: a few-step schedule, but as far as its files tell "
                           f"{recipe.model.pretrained_model_name_or_path} was not distilled; use a model that was, name its "
@@ -142,6 +153,9 @@ def bank_of(recipe: Recipe, method: Preference, accelerator, cache) -> WeightBan
     dtype = torch.float32 if recipe.model.lora is None else forward
     denoiser = load_denoiser(recipe.model, dtype=dtype, device=accelerator.device)
     _attention(denoiser, recipe)
+    if isinstance(recipe.likelihood, LatentScores):
+        denoiser = from_denoiser(denoiser, recipe.model, guidance_scale=recipe.likelihood.guidance_scale, seed=recipe.seed,
+                                 text_projection=recipe.likelihood.text_projection)
     bank = WeightBank.build(denoiser, recipe.model.lora, reads=_reads(recipe, method), seed=recipe.seed,
                             forward_dtype=forward, rule=recipe.reference)
     if recipe.train.gradient_checkpointing:
@@ -194,6 +208,11 @@ def source_of(recipe: Recipe, stored: data.Offline, bank: WeightBank, accelerato
     spec, device = recipe.source, accelerator.device
     if isinstance(spec, Stored):
         return stored
+    if isinstance(spec, Stepwise):
+        world = world_of(accelerator)
+        return StepwiseSource(stored, spec, lambda: context(recipe, bank, accelerator), _decoder(recipe, device),
+                              device=device, pairs=recipe.train.train_batch_size,
+                              most=lambda n: max(map(int, world.gather(str(n)))))
     empty = stored.unconditional()
 
     def draw(cond, keys, shape):
@@ -204,17 +223,29 @@ def source_of(recipe: Recipe, stored: data.Offline, bank: WeightBank, accelerato
         return tuple(x.cpu() for x in spec.sampler(ctx, spec.weights, cond.to(device), keys, shape, nothing))
 
     return Sampled(stored, spec, draw, _score(recipe, device) if isinstance(spec, Online) else None,
-                   paths=isinstance(recipe.likelihood, Transitions))
+                   levels=spec.sampler.levels(bank.denoiser.process) if isinstance(recipe.likelihood, Transitions) else None)
 
 
 def _score(recipe: Recipe, device) -> Callable:
-    """Latents and prompts -> scores of the recipe's reward. The VAE stays in memory."""
-    encoders = load_encoders(recipe.model, device)
+    """Latents and prompts -> scores of the recipe's reward."""
+    decode = _decoder(recipe, device)
 
     def score(x0, prompts):
-        pictures = torch.cat([encoders.decode(part.to(device)) for part in x0.split(recipe.data.encode_batch_size)])
-        return judged(recipe.source.reward, list((pictures.cpu() + 1) / 2), prompts)
+        with torch.no_grad():
+            return judged(recipe.source.reward, list(decode(x0).cpu()), prompts)
     return score
+
+
+def _decoder(recipe: Recipe, device) -> Callable:
+    """Latents [N, *S] -> pictures [N, 3, H, W] in [0, 1]. The VAE is loaded when first asked, and stays in memory."""
+    loaded = []
+
+    def decode(x0):
+        if not loaded:  # a judge of latents never asks
+            loaded.append(load_encoders(recipe.model, device))
+        parts = x0.split(recipe.data.encode_batch_size)
+        return (torch.cat([loaded[0].decode(part.to(device)) for part in parts]) + 1) / 2
+    return decode
 
 
 def _attention(denoiser: Denoiser, recipe: Recipe) -> None:

@@ -13,9 +13,9 @@ from .. import data
 from ..config import Recipe, as_tree, dump
 from ..evaluate.card import write_card
 from ..evaluate.files import write, write_json
-from ..evaluate.preference import before_and_after, heldout_preference
+from ..evaluate.preference import before_and_after, heldout_preference, heldout_scores
 from ..evaluate.report import write_report
-from ..likelihood import Simple
+from ..likelihood import LatentScores, Simple
 from ..methods import Preference
 from ..models.base import Denoiser
 from ..models.load import load_denoiser, model_identity, save_pipeline
@@ -47,7 +47,7 @@ def train(recipe: Recipe, printer: Printer = silent) -> dict:
         say(line)
     hooks = [_ResolvedConfig(recipe)] if accelerator.is_main_process else []
     summary = fit(hooks=hooks, method=method, bank=bank, source=source, spec=recipe.train, seed=recipe.seed,
-                  output_dir=output_dir, config=as_tree(recipe), accelerator=accelerator, identity={"base": base},
+                  output_dir=output_dir, config=as_tree(recipe), accelerator=accelerator, identity=parts.identity_of(recipe),
                   metadata=_metadata(recipe), monitor=None if recipe.monitor is None else Monitor(recipe, accelerator),
                   validation=None if heldout is None else _validation(recipe, method, heldout, accelerator))
     facts = {**dataclasses.asdict(summary), "pairs": source.groups, "objective": method_name(recipe), "base": base,
@@ -75,6 +75,10 @@ class _ResolvedConfig:
 def _finish(recipe: Recipe, bank: WeightBank, facts: dict) -> None:
     """Files for people: the LoRA is written by the loop; a full fine-tune becomes a whole pipeline folder."""
     output_dir = Path(recipe.output_dir)
+    if isinstance(recipe.likelihood, LatentScores):  # the loop has written it; there is no pipeline to make a card for
+        write_json(output_dir / SUMMARY, facts)
+        write_report(output_dir, run_of(recipe, facts), None)
+        return
     if recipe.model.lora is None:
         _replace_pipeline(recipe, bank.denoiser, output_dir / PIPELINE)
         shutil.rmtree(output_dir / bank.denoiser.component, ignore_errors=True)  # the loop's copy of the same weights
@@ -116,6 +120,8 @@ def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accele
     """Every rank measures the whole held-out set, so all know the figure; the draws are keyed, so all get the same."""
     ctx = parts.context(recipe, bank, accelerator)
     batches = data.fixed_batches(cache, max(1, 2 * recipe.train.train_batch_size), seed=recipe.seed)
+    if isinstance(recipe.likelihood, LatentScores):
+        return heldout_scores(ctx, batches, noise=recipe.likelihood.noise, device=accelerator.device)
     return heldout_preference(ctx, batches, against=_base_set(method, bank), device=accelerator.device,
                               weighting=getattr(recipe.likelihood, "weighting", Simple()))
 
@@ -131,6 +137,8 @@ def _base_set(method: Preference, bank: WeightBank) -> str | None:
 
 def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator) -> dict | None:
     after = _measure(recipe, method, bank, cache, accelerator)
+    if isinstance(recipe.likelihood, LatentScores):  # before training it knows nothing: validation_start has the figure
+        return None if after is None else after.tree()
     known = _base_set(method, bank) is not None
     before = None if known or after is None else _likelihood_before(recipe, bank, cache, accelerator)
     return None if after is None else before_and_after(after, before)

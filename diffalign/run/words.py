@@ -11,7 +11,8 @@ from ..config import Recipe, as_tree
 from ..evaluate.card import fused_name
 from ..evaluate.compare import said
 from ..evaluate.report import Run
-from ..likelihood import implied_nats
+from ..likelihood import LatentScores, implied_nats
+from ..models.spec import LATENT_REWARD
 from ..objectives import title_of
 
 Printer = Callable[[str], None]  # takes one line of text: ``print`` for people, nothing for programs
@@ -43,14 +44,24 @@ def betas(recipe: Recipe, elements: int) -> list[str]:
 
 def run_of(recipe: Recipe, facts: dict) -> Run:
     output_dir, lora = Path(recipe.output_dir), recipe.model.lora
-    files = sorted(p.name for p in output_dir.glob("*.safetensors")) if lora else [PIPELINE]
+    files = sorted(p.name for p in output_dir.glob("*.safetensors")) if lora else [whole_of(recipe)]
     return Run(title=title(recipe), method=method_name(recipe), base_model=recipe.model.pretrained_model_name_or_path,
                fuse_lora=recipe.model.fuse_lora, sampling=said(recipe.evaluate) if recipe.evaluate else {},
-               data=recipe.data.path, rank=lora.rank if lora else None, beta=getattr(recipe.objective, "beta", None),
+               data=recipe.data.path, rank=lora.rank if lora else None, beta=_beta(recipe),
                seed=recipe.seed, pairs=facts["pairs"], steps=facts["step"], train_seconds=facts["seconds"],
                total_seconds=facts.get("total_seconds", facts["wall_seconds"]), heldout=facts["heldout"],
                metrics=output_dir / "metrics.jsonl", config=as_tree(recipe), files=tuple(files),
                command=f"diffalign train {shlex.quote(str(output_dir / 'config.resolved.yaml'))}")
+
+
+def _beta(recipe: Recipe) -> float | None:
+    """As reports show it, with its unit; that of scores is 1 and has none."""
+    return None if isinstance(recipe.likelihood, LatentScores) else getattr(recipe.objective, "beta", None)
+
+
+def whole_of(recipe: Recipe) -> str:
+    """The folder that a run without LoRA writes: a pipeline, or a latent reward model."""
+    return LATENT_REWARD if isinstance(recipe.likelihood, LatentScores) else PIPELINE
 
 
 def title(recipe: Recipe) -> str:
@@ -61,4 +72,4 @@ def title(recipe: Recipe) -> str:
 
 def method_name(recipe: Recipe) -> str:
     """What papers call it."""
-    return title_of(recipe.objective)
+    return getattr(recipe.likelihood, "title", None) or title_of(recipe.objective)

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from .. import rng
 from ..process.parameterization import like
-from ..process.solver import at, stochastic_step
+from ..process.solver import at, guided, stochastic_step
 from ..types import Cond
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """ddim: deterministic, in ``steps`` equal steps from noise to image. lcm: the image is predicted and noised afresh at
-    every level (LCM, DMD2). ancestral: Euler-ancestral (SDXL-Turbo). timesteps: the levels, diffusers' numbers, 0 to 999,
+    every level (LCM, DMD2). ancestral: DDPM's posterior, which is Euler-ancestral (SDXL-Turbo), its standard deviation times
+    eta (DDIM's). timesteps: the levels, diffusers' numbers, 0 to 999,
     falling, as distilled models want them; they take the place of ``steps``.
 
     guidance_scale: 1 has none, one pass a step; else two. Methods that learn from their own samples should leave it at 1, or
@@ -30,6 +31,7 @@ class Sampler:
     steps: int = 20
     solver: Literal["ddim", "lcm", "ancestral"] = "ddim"
     timesteps: tuple[int, ...] | None = None
+    eta: float = 1.0
     guidance_scale: float = 1.0
 
     def __post_init__(self):
@@ -39,6 +41,8 @@ class Sampler:
             falls = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:]))
             if not self.timesteps or not falls or not all(0 <= t < 1000 for t in self.timesteps):
                 raise ValueError(f"timesteps must fall and lie in 0..999, got {list(self.timesteps)}")
+        if not 0 < self.eta <= 1 or self.eta != 1 and self.solver != "ancestral":
+            raise ValueError(f"eta must be above 0 and at most 1, and belongs to the solver ancestral, got {self.eta}")
         if self.guidance_scale < 0:
             raise ValueError(f"guidance_scale must not be negative, got {self.guidance_scale}")
 
@@ -67,10 +71,10 @@ class Sampler:
         for number, level in enumerate(levels):
             states.append(x)
             t = level.expand(len(keys))
-            raw = self._raw(ctx, name, x, t, cond, unconditional)
+            raw = guided(ctx, name, x, t, cond, unconditional, self.guidance_scale)
             if number + 1 == len(levels):
                 return ctx.param.to_x0(raw, at(ctx.process, x, t)), torch.stack(states, dim=1)
-            x, std = stochastic_step(ctx, x, raw, t, levels[number + 1].expand(len(keys)), self.solver)
+            x, std = stochastic_step(ctx, x, raw, t, levels[number + 1].expand(len(keys)), self.solver, self.eta)
             if self.solver != "ddim":
                 step = torch.full((len(keys), 1), number + 1, dtype=torch.int64)
                 noise = rng.normal(ctx.seed, "renoise", torch.cat([keys, step], dim=1), shape).to(device)
@@ -80,10 +84,3 @@ class Sampler:
     def levels(self, process, device=None) -> Tensor:
         """[levels] float32 on the process's own grid."""
         return process.snap(torch.tensor(self.times(), dtype=torch.float64, device=device))
-
-    def _raw(self, ctx, name: str, x: Tensor, t: Tensor, cond: Cond, unconditional: Cond | None) -> Tensor:
-        raw = ctx.predict(name, x, t, cond).float()
-        if self.guidance_scale == 1:
-            return raw
-        empty = ctx.predict(name, x, t, unconditional).float()
-        return empty + self.guidance_scale * (raw - empty)

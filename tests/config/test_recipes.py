@@ -5,19 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.config import load_build, load_recipe
+from diffalign.config import load_build, load_recipe, load_reward_recipe
 from diffalign.evaluate.cost import groups_per_step
 
 ROOT = Path(__file__).parents[2]
 BUILDS = sorted((ROOT / "configs" / "build").glob("*.yaml"))
-RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*BUILDS})
+REWARDS = sorted((ROOT / "configs" / "rewards").glob("*.yaml"))
+RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*BUILDS, *REWARDS})
 
 
 def test_the_promised_recipes_are_there():
     names = {str(path.relative_to(ROOT / "configs")) for path in RECIPES}
     assert {"quickstart.yaml", "sd35/dpo_lora.yaml"} <= names
-    sd15 = ("dpo", "dpo_lora", "mapo", "timestep_aware", "smpo", "inpo", "kto", "seppo")
-    sdxl = ("dpo", "dpo_lora", "mapo", "mapo_aaai", "mapo_style", "mapo_safety", "timestep_aware", "smpo", "inpo", "rankdpo")
+    sd15 = ("dpo", "dpo_lora", "mapo", "timestep_aware", "smpo", "inpo", "kto", "seppo", "lrm", "lpo")
+    sdxl = ("dpo", "dpo_lora", "mapo", "mapo_aaai", "mapo_style", "mapo_safety", "timestep_aware", "smpo", "inpo", "rankdpo",
+            "lrm", "lpo")
     assert {*(f"sd15/{name}.yaml" for name in sd15), *(f"sdxl/{name}.yaml" for name in sdxl)} <= names
 
 
@@ -51,3 +53,35 @@ def test_build_recipe(path):
     for model in spec.models.values():
         name = model.pretrained_model_name_or_path
         assert (ROOT / name).exists() or re.fullmatch(r"[0-9a-f]{40}", model.revision or ""), "a hub id is pinned to a commit"
+
+
+@pytest.mark.parametrize("path", REWARDS, ids=lambda p: p.name)
+def test_reward_recipe(path):
+    recipe, text = load_reward_recipe(path), path.read_text()
+    assert text.startswith(f"# diffalign train-reward {path.relative_to(ROOT)}") and len(text.splitlines()) <= 45
+    assert (ROOT / recipe.backbone).exists() or re.fullmatch(r"[0-9a-f]{40}", recipe.backbone_revision or "")
+
+
+@pytest.mark.parametrize("base, rank, lr, low, high, prompts", [
+    ("sd15", 4, 6e-5, 0.35, 0.5, 5), ("sdxl", 64, 1e-5, 0.45, 0.6, 4)])
+def test_lpo_as_released(base, rank, lr, low, high, prompts):
+    """lpo_lrm.md section 5: K 4, eta 1, guidance 5, 20 steps from 951 to 1, beta 500, clip 0.1; 5 epochs of 4,000 prompts."""
+    recipe = load_recipe(ROOT / "configs" / base / "lpo.yaml")
+    source, sampler, train = recipe.source, recipe.source.sampler, recipe.train
+    assert (recipe.model.lora.rank, train.learning_rate, train.train_batch_size) == (rank, lr, prompts)
+    assert (source.threshold.low, source.threshold.high, source.candidates, source.continuation) == (low, high, 4, "random")
+    assert (sampler.eta, sampler.guidance_scale) == (1.0, 5.0) and sampler.timesteps == (*range(951, 0, -50), 0)
+    assert len(source.forks()) == 20   # every step, the last from 1 to 0
+    assert (recipe.objective.beta, recipe.objective.clip) == (500, 0.1)
+    assert train.max_train_steps / source.updates * 4 * prompts == 5 * 4000
+    assert source.judge.path == f"runs/{base}-lrm/latent_reward" and source.judge.time == "own"
+
+
+@pytest.mark.parametrize("base, steps, warmup, pairs", [("sd15", 4000, 500, 128), ("sdxl", 8000, 1000, 32)])
+def test_lrm_as_released(base, steps, warmup, pairs):
+    recipe = load_recipe(ROOT / "configs" / base / "lrm.yaml")
+    train, scores = recipe.train, recipe.likelihood
+    assert (train.max_train_steps, train.lr_warmup_steps, 8 * groups_per_step(recipe)) == (steps, warmup, pairs)
+    assert (train.learning_rate, train.adam_weight_decay, train.max_grad_norm, recipe.objective.beta) == (1e-5, 0.3, 1.0, 1)
+    assert sorted(scores.times.timesteps) == list(range(1, 952, 50)) and scores.guidance_scale == 7.5
+    assert recipe.data.ties == "soft" and recipe.model.lora is None and (scores.text_projection is None) == (base == "sdxl")

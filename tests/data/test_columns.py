@@ -256,3 +256,12 @@ def test_prompts_alone(tmp_path):
     with pytest.raises(DataError, match="no preference column"):
         list(read_rows(DataSpec(path=str(tmp_path / "p.jsonl")), Tally()))
     assert next(read_rows(DataSpec(path=str(tmp_path / "p.jsonl"), layout="prompts"), Tally())).prompt == "a ring"
+
+
+def test_users_are_text(tmp_path):
+    """user_id or user; 7, 7.0 and "7" are one person; nobody is None."""
+    path = pickapic(tmp_path / "a.parquet", [1.0] * 3, user_id=[7.0, None, 8.0])
+    assert [row.user for row in read(path)] == ["7", None, "8"]
+    path = pickapic(tmp_path / "b.parquet", [1.0] * 2, user=["7", ""])
+    assert [row.user for row in read(path)] == ["7", None]
+    assert [row.user for row in read(pickapic(tmp_path / "c.parquet", [1.0]))] == [None]

@@ -46,7 +46,7 @@ def test_the_sample_takes_the_losers_place():
     ids = Stored().batch(6).cond.extra["time_ids"]
     assert torch.equal(batch.cond.extra["time_ids"], torch.stack([ids[0, :1].repeat(2, 1), ids[1, 1:].repeat(2, 1)]))
     assert torch.equal(draw.time_ids, torch.stack([ids[0, 0], ids[1, 1]]))  # drawn under the winner's own sizes
-    assert batch.place.tolist() == [6, 7] and batch.states is None
+    assert batch.place.tolist() == [6, 7] and batch.steps is None
 
 
 @pytest.mark.parametrize("utility, valid, kept", [
@@ -74,15 +74,16 @@ def test_samples_are_ranked_and_what_cannot_be_scored_is_left_out():
         values[0] = torch.nan
         return values
 
-    source = Sampled(Stored(), Online(reward="any", k=3), draw, score, paths=True)
-    batch = source.take(0)[0]
+    source = Sampled(Stored(), Online(reward="any", k=3), draw, score, levels=torch.tensor([1.0, 0.5]))
+    batch = source.take(0)[0]  # two levels: one step, so one group for each group
     assert asked[0] == ["prompt 0"] * 3 + ["prompt 1"] * 3
     assert batch.x0[:, :, 0, 0].tolist() == [[0, 1, 2], [100, 101, 102]]
     assert batch.valid.tolist() == [[False, True, True], [True] * 3] and torch.isfinite(batch.utility).all()
-    assert batch.utility[1].tolist() == [-100, -101, -102] and batch.states.shape == (2, 3, 2, *SHAPE)
+    assert batch.utility[1].tolist() == [-100, -101, -102] and batch.steps.x_s.shape == (2, 3, *SHAPE)
+    assert batch.steps.t.tolist() == [1, 1] and batch.steps.s.tolist() == [0.5, 0.5] and batch.steps.solver == "ddim"
     assert batch.cond.extra["time_ids"].shape == (2, 3, 6)
     assert source.k == 3 and not source.pure and source.boundary(0) and source.identity == "stored"
-    assert Sampled(Stored(), Online(reward="any"), draw, score).take(0)[0].states is None
+    assert Sampled(Stored(), Online(reward="any"), draw, score).take(0)[0].steps is None
 
 
 @pytest.mark.parametrize("build, words", [

@@ -33,7 +33,7 @@ def small(tmp_path_factory):
                          "guidance_scale": 2.0, "grid_prompts": 2, "bootstrap_resamples": 200},
         }
         for name, values in sections.items():
-            tree[name] = {**tree[name], **values} if isinstance(values, dict) and name != "objective" else values
+            tree[name] = {**(tree.get(name) or {}), **values} if isinstance(values, dict) and name != "objective" else values
         file = folder / "recipe.yaml"
         file.write_text(yaml.safe_dump(tree))
         return file

@@ -188,15 +188,19 @@ def test_few_step_options(recipe, tmp_path, capsys, monkeypatch, command, overri
 
 
 TURBO = "[999, 749, 499, 249]"
+STEPWISE = ("likelihood=transitions", "source={kind: stepwise, judge: {kind: predicted_image, reward: scenes}}")
 
 
 @pytest.mark.parametrize("overrides, words", [
     (["likelihood={times: {kind: discrete, timesteps: [249, 999]}}"],
      ["likelihood.times.timesteps", "was not distilled", "fuse_lora"]),
     ([f"source={{kind: semi_policy, sampler: {{timesteps: {TURBO}}}}}"], ["source.sampler.timesteps", "was not distilled"]),
-    ([f"likelihood={{kind: transitions, timesteps: {TURBO}}}"], ["likelihood.kind", "source.kind=online"]),
-    ([f"likelihood={{kind: transitions, timesteps: {TURBO}}}", "source={kind: online, reward: scenes}"],
-     ["source.sampler.solver", "ddim"]),
+    (["likelihood=transitions"], ["likelihood.kind", "source.kind=online"]),
+    (["likelihood=transitions", "source={kind: online, reward: scenes}"], ["source.sampler.solver", "ddim", "eta 0"]),
+    (["source={kind: stepwise, judge: {kind: predicted_image, reward: scenes}}"], ["likelihood.kind", "transitions"]),
+    ([*STEPWISE, "source.sampler.solver=ddim"], ["source", "eta 0", "no density"]),
+    ([*STEPWISE, "source.sampler={solver: ancestral, steps: 3}", "source.block=4"], ["source", "a comparison needs 4 steps"]),
+    ([*STEPWISE, "source.push=0.1"], ["source.push", "differentiable"]),
     (["source={kind: online, reward: scens}"], ["scens", "scenes"]),
     (["source={kind: online, reward: scenes, k: 1}"], ["source.k", "at least 2"]),
     (["objective.labels=dcg"], ["data.layout", "scores"]),

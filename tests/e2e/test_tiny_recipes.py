@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign.config import load_recipe
+from diffalign.models.latent_reward import TAU, load_scorer
 from diffalign.run import train
 
 from .conftest import DATA, ROOT
@@ -30,10 +31,12 @@ def few(tmp_path_factory):
 
 def overrides(path: Path, few: Path, output_dir: Path) -> list[str]:
     """Small and quick. The held-out accuracy costs more than the steps and is the main job's to test, so it is left out."""
-    data = load_recipe(path).data.path
+    recipe = load_recipe(path)
+    data = recipe.data.path
+    lora = ["model.lora.rank=4"] if recipe.model.lora else []
     cut = [f"data.path={few / Path(data).name}"] if Path(data).resolve().parent == DATA and Path(data).name in ROWS else []
     return [*cut, f"data.cache_dir={few / 'cache'}", f"output_dir={output_dir}", "data.validation=null", "evaluate=null",
-            "model.lora.rank=4", "train.max_train_steps=2", "train.train_batch_size=4", "train.logging_steps=1",
+            *lora, "train.max_train_steps=2", "train.train_batch_size=4", "train.logging_steps=1",
             "train.validation_steps=0", "train.checkpointing_steps=2", "train.mixed_precision=no", "train.cpu=true"]
 
 
@@ -41,10 +44,15 @@ def overrides(path: Path, few: Path, output_dir: Path) -> list[str]:
 def test_it_trains(path, few, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # recipes name files from the repository's root
     run = tmp_path / "run"
-    facts = train(load_recipe(path, overrides(path, few, run)))
+    recipe = load_recipe(path, overrides(path, few, run))
+    facts = train(recipe)
     assert facts["step"] == 2
     losses = [line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
     assert len(losses) == 2 and all(map(math.isfinite, losses))
+    if recipe.model.lora is None:  # a latent reward model: it is read back, and has left where it started
+        weights = load_scorer(run / "latent_reward").module.state_dict()
+        assert all(torch.isfinite(tensor).all() for tensor in weights.values()) and weights["tau"] != torch.tensor(TAU)
+        return
     for name in FILES:
         weights = load_file(run / name)
         assert weights and all(torch.isfinite(tensor).all() for tensor in weights.values()), name

@@ -144,9 +144,10 @@ def test_the_sentence_says_what_happened():
     judge = scores + [[[0.7, 0.9]], [[0.4, 0.6]]]
     found = alarm(looks, training=training, judge=judge, names=["brightness"])
     assert found.fired and found.sentence == (
-        "Reward hacking: brightness rose by 1.8 standard deviations of the base (band \N{PLUS-MINUS SIGN}1.4; from 0.5 to "
-        "0.68) while the training reward rose from 0.4 to 0.8 and the held-out judge fell from 0.8 to 0.5; "
-        "the held-out judge fell from 0.8 to 0.5 while the training reward rose from 0.4 to 0.8.")
+        "Reward hacking: while the training reward rose from 0.4 to 0.8, the held-out judge fell from 0.8 to 0.5; brightness "
+        "rose by 1.8 standard deviations of the base (band \N{PLUS-MINUS SIGN}1.4; from 0.5 to 0.68).")
+    four = np.concatenate([looks] * 4, axis=1)
+    assert alarm(four, training=training, names=list("abcd")).sentence.endswith("; and 1 more.")
     assert found.gap.shift == pytest.approx(4 + 3)           # +0.4 and -0.3 in deviations of 0.1
     assert "diversity was not measured" in found.notes[0]
 

@@ -1,17 +1,19 @@
 """PSO on a distilled model's own steps: the numbers of pso.md sections 2a and 9."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from diffalign.data.sources import along
 from diffalign.likelihood import DenoisingELBO, Transitions
 from diffalign.methods import Preference
 from diffalign.objectives import Pairwise
 from diffalign.process import Discrete, Eps, V, Velocity
 from diffalign.process.solver import bridge_std, stochastic_step
 from diffalign.sampling.latents import Sampler
-from diffalign.types import Batch, Cond, Estimate, Memory
+from diffalign.types import Batch, Cond, Estimate, Memory, Steps
 
 from .test_likelihood import Linear, batch_of, context, sd_process
 from .test_noise_plans import gaussian
@@ -66,9 +68,9 @@ def test_toy_of_one_step(swap, loss):
     after = mean + std[:, None] * torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     batch = Batch(x0=torch.zeros(1, 2, 2), cond=Cond(tokens=torch.zeros(1, 1, 1)), valid=torch.ones(1, 2, dtype=torch.bool),
                   utility=torch.tensor([[0.0, 1.0] if swap else [1.0, 0.0]]), key=torch.zeros(1, 2, dtype=torch.int64),
-                  states=torch.stack([x, after], dim=1)[None])
-    estimator = Transitions(solver="ancestral", timesteps=timesteps)
-    est, _ = estimator(batch, ctx, "reference")
+                  steps=Steps(x_t=x[None], x_s=after[None], t=t[:1], s=to[:1], solver="ancestral"))
+    estimator = Transitions()
+    est = estimator(batch, ctx, "reference")
     assert est.log_ratio[0].tolist() == pytest.approx([0.089215, -0.013511], abs=1e-5)
     value = Preference(estimator, Pairwise(beta=50, clip=0.1)).loss(batch, ctx).per_group
     assert value.item() == pytest.approx(loss, abs=2e-4)
@@ -94,9 +96,10 @@ def sampled(solver="lcm", timesteps=TURBO, predict=None, param=None, groups=3, k
     keys = torch.cat([key.repeat_interleave(k, 0), torch.arange(k).repeat(groups)[:, None]], 1)
     cond = Cond(tokens=torch.zeros(groups * k, 1, 1))
     x0, states = Sampler(solver=solver, timesteps=timesteps)(ctx, "current", cond, keys, (size,))
-    return ctx, Batch(x0=x0.view(groups, k, size), cond=Cond(tokens=torch.zeros(groups, 1, 1)), key=key,
-                      utility=torch.tensor([[1.0, 0.0]]).repeat(groups, 1), valid=torch.ones(groups, k, dtype=torch.bool),
-                      states=states.view(groups, k, *states.shape[1:]))
+    batch = Batch(x0=x0.view(groups, k, size), cond=Cond(tokens=torch.zeros(groups, 1, 1)), key=key,
+                  utility=torch.tensor([[1.0, 0.0]]).repeat(groups, 1), valid=torch.ones(groups, k, dtype=torch.bool))
+    sampler = Sampler(solver=solver, timesteps=timesteps)
+    return ctx, along(batch, states.view(groups, k, *states.shape[1:]), sampler.levels(process), sampler)
 
 
 @pytest.mark.parametrize("solver", ["lcm", "ancestral"])
@@ -104,18 +107,18 @@ def sampled(solver="lcm", timesteps=TURBO, predict=None, param=None, groups=3, k
 def test_the_density_is_the_samplers(solver, param):
     """(x' - mean) / std of the sampling model is the injected unit noise, so its error has mean 1 at every step."""
     ctx, batch = sampled(solver, param=param, groups=64, size=64)
-    est, wide = Transitions(solver=solver)(batch, ctx, None)
-    assert est.error.shape == (3 * 64, 2) == wide.utility.shape
+    est = Transitions()(batch, ctx, None)
+    assert est.error.shape == (3 * 64, 2) == batch.utility.shape
     assert est.error.view(3, -1).mean(1).tolist() == pytest.approx([1.0] * 3, abs=4 * (2 / (64 * 64 * 2)) ** 0.5)
-    assert [t.unique().item() for t in est.t.view(3, -1)] == pytest.approx([1.0, 0.75, 0.5])
+    assert [t.unique().item() for t in est.t.reshape(3, -1)] == pytest.approx([1.0, 0.75, 0.5])
     _, again = sampled(solver, param=param, groups=64, size=64)
-    assert torch.equal(again.states, batch.states)
+    assert torch.equal(again.steps.x_s, batch.steps.x_s)
     _, fewer = sampled(solver, param=param, groups=3, size=64)
-    torch.testing.assert_close(fewer.states, batch.states[:3])  # a sample does not depend on its batch
+    torch.testing.assert_close(fewer.steps.x_s[:3], batch.steps.x_s[:3])  # a sample does not depend on its batch
 
 
 def test_equal_models_give_ln_2_and_the_gradient_is_minus_half_beta_b_z():
-    """Check 1: dL/df_w = -(beta/2)(b/(std D)) z_w, averaged over the three steps."""
+    """Check 1: dL/df_w = -(beta/2)(b/(std D)) z_w, a group for each of the three steps."""
     process = sd_process()
     bump = torch.nn.Parameter(torch.zeros(3, 3, 2, 4))  # step, group, candidate
 
@@ -126,28 +129,26 @@ def test_equal_models_give_ln_2_and_the_gradient_is_minus_half_beta_b_z():
     _, batch = sampled()
     ctx = context(predict, process)
     loss = Preference(Transitions(), Pairwise(beta=50, clip=0.1)).loss(batch, ctx).per_group
-    assert loss.tolist() == pytest.approx([math.log(2)] * 3, abs=1e-5)
+    assert loss.tolist() == pytest.approx([math.log(2)] * 9, abs=1e-5)
     loss.sum().backward()
     factor = slope("lcm", time(749, 499, 249), time(999, 749, 499))
     for step, (high, low) in enumerate(zip(TURBO, TURBO[1:])):
         t, to = (process.snap(time(i)).expand(6) for i in (high, low))
-        x, after = (batch.states[:, :, i].flatten(0, 1) for i in (step, step + 1))
+        x, after = (part[3 * step:3 * step + 3].flatten(0, 1) for part in (batch.steps.x_t, batch.steps.x_s))
         mean, std = stochastic_step(ctx, x, gaussian(process)(None, x, t, None), t, to, "lcm")
         z = ((after - mean) / std[:, None]).view(3, 2, 4)
-        expected = -25 * factor[step] / 4 * z / 3
+        expected = -25 * factor[step] / 4 * z
         torch.testing.assert_close(bump.grad[step, :, 0], expected[:, 0], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(bump.grad[step, :, 1], -expected[:, 1], rtol=1e-3, atol=1e-5)
 
 
 def test_ties_and_wrong_paths():
     ctx, batch = sampled()
-    level = Batch(**{f: getattr(batch, f) for f in ("x0", "cond", "key", "valid", "states")}, utility=torch.ones(3, 2))
+    level = replace(batch, utility=torch.ones(9, 2))
     model = Linear(policy=1.0, reference=0.5)
     assert Preference(Transitions(), Pairwise(beta=50)).loss(level, context(model)).per_group.sum() == 0
-    with pytest.raises(ValueError, match="path"):
-        Transitions(timesteps=(999, 499))(batch, ctx, None)
-    with pytest.raises(ValueError, match="timesteps"):
-        Transitions(timesteps=(999,))  # one level: the only step is the deterministic one
+    with pytest.raises(ValueError, match="the step of every candidate"):
+        Transitions()(replace(batch, steps=None), ctx, None)
 
 
 def test_offline_pso_with_nu_1_on_all_times_is_diffusion_dpo():

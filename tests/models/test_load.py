@@ -193,7 +193,7 @@ def test_hub_id_is_downloaded_once_checked(monkeypatch, folder):
         asked.append((name, revision, patterns))
         return folder
 
-    monkeypatch.setattr(loading, "_download", download)
+    monkeypatch.setattr(loading, "download", download)
     load_denoiser(ModelSpec(pretrained_model_name_or_path="owner/name", revision="abc"))
     assert [a[:2] for a in asked] == [("owner/name", "abc")] * 2
     assert asked[0][2] == ["model_index.json"]

@@ -63,6 +63,15 @@ def test_unconditional_is_the_pipelines(folders):
     assert torch.equal(encoders.unconditional()[0], encoders.encode_prompts([""])[0])
 
 
+def test_sd_pooled_is_the_state_at_the_prompts_end(folders):
+    """What the pipeline's denoiser does not read, a latent reward model does: tokens[end], after the last layer norm."""
+    encoders = tiny.load_encoders(tiny.spec(folders("sd")))
+    prompts = [tiny.PROMPT, "", "abc"]
+    tokens, pooled = encoders.encode_prompts(prompts)
+    lengths = [len(encoders.pipe.tokenizer(prompt).input_ids) for prompt in prompts]   # with both ends
+    torch.testing.assert_close(pooled, tokens[torch.arange(3), torch.tensor(lengths) - 1])
+
+
 def test_sdxl_tokens_are_both_penultimate_states(folders):
     """tokens = hidden_states[-2] of both encoders side by side (8 + 12), pooled = the second's projection."""
     encoders = tiny.load_encoders(tiny.spec(folders("sdxl")))

@@ -1,5 +1,6 @@
 """Filters drop groups from preference data, and say what they dropped and why. A literal table; none rewrites a picture."""
 
+from .consistent import Consistent
 from .curate import Curate
 from .duplicates import Duplicates
 from .fifa import Fifa
@@ -12,6 +13,8 @@ FILTERS = {
     "margin": Margin,
     "fifa": Fifa,
     "curate": Curate,
+    "consistent": Consistent,
 }
 
-__all__ = ["EMBEDDERS", "FILTERS", "QUALITIES", "Curate", "Duplicates", "Embedder", "Fifa", "Margin", "Quality", "Ties"]
+__all__ = ["EMBEDDERS", "FILTERS", "QUALITIES", "Consistent", "Curate", "Duplicates", "Embedder", "Fifa", "Margin", "Quality",
+           "Ties"]

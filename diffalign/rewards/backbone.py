@@ -1,0 +1,82 @@
+"""A CLIP whose features a trained head reads: picture and text, L2-normalised, with some layers replaced by trained ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from .preprocess import Preprocess
+from .towers import ClipSource, clip_tokenizer
+from .weights import loading
+
+
+class Backbone(nn.Module):
+    """A transformers CLIPModel in float32 and its tokenizer; features are [N, width] of length 1."""
+
+    def __init__(self, model: nn.Module, folder: Path):
+        super().__init__()
+        self.clip = model
+        self.tokenize = clip_tokenizer(folder, model.config.text_config.max_position_embeddings)
+        self.preprocess = Preprocess(size=model.config.vision_config.image_size)
+
+    @property
+    def width(self) -> int:
+        return self.clip.config.projection_dim
+
+    @property
+    def device(self) -> torch.device:
+        return self.clip.logit_scale.device
+
+    def images(self, pictures: Tensor) -> Tensor:
+        """[N, 3, S, S] as ``preprocess`` gives them -> [N, width], with gradient to the pictures."""
+        return F.normalize(_pooled(self.clip.get_image_features(pixel_values=pictures.to(self.device))).float(), dim=-1)
+
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """N texts, cut at the model's length -> [N, width]."""
+        return F.normalize(_pooled(self.clip.get_text_features(self.tokenize(prompts).to(self.device))).float(), dim=-1)
+
+
+def load_backbone(source: ClipSource, device: torch.device, changed: Mapping[str, Tensor] | None = None) -> Backbone:
+    """Frozen, in eval mode. changed: tensors by the CLIPModel's names that replace its own. Raises ModelError."""
+    from transformers import CLIPModel
+    from transformers.utils import logging
+
+    source.check()
+    with loading(source.model):
+        before = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model = CLIPModel.from_pretrained(source.folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
+        finally:
+            if before:
+                logging.enable_progress_bar()
+        backbone = Backbone(model, source.tokenizer_folder)
+    _replace(model, changed or {}, source.model)
+    return backbone.to(device).eval().requires_grad_(False)
+
+
+def check_backbone(source: ClipSource) -> None:
+    """Raises ModelError unless it is a transformers CLIP with all its weights; a hub id is downloaded, nothing is loaded."""
+    if source.is_file:
+        raise ModelError(f"{source.model}: a head is trained on a CLIP in transformers' layout, a folder or a hub id")
+    source.check()
+
+
+def _replace(model: nn.Module, changed: Mapping[str, Tensor], where: Any) -> None:
+    own = model.state_dict()
+    for name, tensor in changed.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise ModelError(f"{where}: has no layer {name} of shape {list(tensor.shape)}, which the trained reward replaces; "
+                             "it is not the backbone that the reward was trained on")
+    model.load_state_dict(dict(changed), strict=False)
+
+
+def _pooled(features: Any) -> Tensor:
+    """[N, width]; transformers 5 wraps it in an output object."""
+    return features if isinstance(features, Tensor) else features.pooler_output
