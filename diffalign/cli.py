@@ -96,9 +96,20 @@ def _quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """key=value may stand anywhere, behind --rewards-from FILE too, where argparse itself takes no more of them."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides += rest
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 for something the user can mend, 75 stopped by a signal and ready to resume."""
-    args = _parser().parse_args(argv)
+    args = _parsed(argv)
     with _sturdy_output():
         try:
             _quiet_libraries()

@@ -371,8 +371,8 @@ def _build(cls: type, tree: object, path: str, lead: tuple[str, ...] = ()):
     values = {name: _value(hints[name], tree[name], _join(path, name)) for name in fields if name in tree}
     try:
         return cls(**values)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(_place(path, str(error), fields)) from None
+    except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:  # the last ones in a stranger's class
+        raise ConfigError(_place(path, str(error) or type(error).__name__, fields)) from None
 
 
 def _value(annotation, value: object, path: str):
@@ -562,7 +562,9 @@ def _join(path: str, name: str) -> str:
 def _place(path: str, message: str, fields) -> str:
     """'beta must be above 0' -> 'objective.beta: must be above 0'."""
     name, _, rest = message.partition(" ")
-    return f"{_join(path, name)}: {rest}" if name in fields else f"{path}: {message}"
+    if name in fields:
+        return f"{_join(path, name)}: {rest}"
+    return f"{path}: {message}" if path else message
 
 
 def _first_line(error: BaseException) -> str:

@@ -30,5 +30,9 @@ class ResourceError(UserError):
     """Memory, disk or a device is missing; the message says how much and which option to change."""
 
 
+class RewardError(UserError):
+    """A reward failed, or gave something else than a number a picture; the message names it."""
+
+
 class ServiceError(UserError):
     """A service behind HTTP does not answer, or answers nonsense; the message names its address without secrets."""

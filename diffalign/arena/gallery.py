@@ -67,7 +67,7 @@ def read_gallery(path: str | Path, *, progress: bool = False) -> Gallery:
     """
     table = _table(Path(path))
     root = table.parent.resolve()
-    lines = _read(table).splitlines()
+    lines = _read(table).split("\n")  # not splitlines: a prompt may hold U+2028, which JSON leaves as it is
     prompts, pictures, files = {}, {}, {}
     for number, line in enumerate(tqdm(lines, desc="hashing pictures", unit="picture", disable=None if progress else True), 1):
         if not line.strip():

@@ -31,6 +31,14 @@ def check(rewards: Mapping[str, Reward], columns: Iterable[str] = ()) -> None:
                               "do not have; score a data set that has it with `diffalign score`")
 
 
+def copied(reward: Reward) -> Reward:
+    """A loaded reward stays loaded, so the weights are a copy's, which goes. What cannot be copied (a lock) is used itself."""
+    try:
+        return copy.deepcopy(reward)
+    except Exception:
+        return reward
+
+
 def scored(reward: Reward, images: Sequence[Image.Image | None], prompts: Sequence[str],
            columns: Mapping[str, Sequence] | None = None) -> list[float | None]:
     """One number per picture; None for one that is None itself, or that the reward could not score."""
@@ -66,7 +74,7 @@ def score(rewards: Mapping[str, Reward], plan: Plan, images: Mapping[tuple[str, 
                  for model, wanted in plan.wanted.items() for start in range(rank * UNIT, len(wanted), world * UNIT)]
         units = [(model, unit) for model, unit in units if unit]
         if units:
-            own = copy.deepcopy(reward)  # a loaded reward stays loaded, so the weights are a copy's, which goes
+            own = copied(reward)
             _score(own, name, units, images, folder, journal, progress)
             del own
             if torch.cuda.is_available():

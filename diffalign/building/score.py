@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from ..data.store import sha256
 from ..errors import ConfigError, DataError, ResourceError
 from ..rewards import Reward, columns_of
 from .journal import Journal
-from .judge import scored
+from .judge import copied, scored
 from .spec import ScoreSpec
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -104,8 +103,7 @@ class Source:
         """What tells this data set from another."""
         if self.is_pictures:
             folder = Path(self.spec.data)
-            listed = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}"
-                               for path in _files(folder))
+            listed = "\n".join(f"{path.relative_to(folder)} {_stamp(path)}" for path in _files(folder))
             content = hashlib.sha256(listed.encode()).hexdigest()
         elif self.table is not None:
             stat = self.table.stat()
@@ -122,6 +120,14 @@ def _readable(table: Path) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{table}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
+
+
+def _stamp(path: Path) -> str:
+    try:
+        stat = path.stat()
+    except OSError:  # a link to nowhere: a picture that cannot be read
+        return "none"
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -178,7 +184,7 @@ def score(source: Source, rewards: Mapping[str, Reward], journal: Journal, *, ra
     """
     done, count = set(known(journal)), source.count()
     for name, reward in rewards.items():
-        own, named = copy.deepcopy(reward), []  # its weights go with it
+        own, named = copied(reward), []
         with tqdm(total=count, desc=f"scoring with {name}", unit="row", disable=None if progress else True) as bar:
             for number, unit in enumerate(_units(source.rows())):
                 if number % world == rank and (name, number) not in done:

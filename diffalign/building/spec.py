@@ -116,6 +116,11 @@ class BuildSpec:
             raise ValueError("utility reads no reward: its weights must not all be 0")
         if lost:
             raise ValueError(f"utility names the reward '{lost[0]}', which is not among rewards: {', '.join(self.rewards)}")
+        for number, one in enumerate(self.filters):
+            name = getattr(one, "reward", None)
+            if name is not None and name not in self.rewards:
+                raise ValueError(f"filters.{number}.reward names '{name}', which is not among rewards: "
+                                 f"{', '.join(self.rewards)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from ..errors import DataError, ResourceError
 from . import buckets as shapes
 from .columns import Row, Tally, has_validation, normalised, nothing_left, read_rows
 from .images import decode
+from .prompts import read_prompts
 from .spec import DataSpec
 
 NAMED = 20  # examples of each finding
@@ -159,7 +160,7 @@ def _leakage(spec: DataSpec, reading: DataSpec, found: _Findings, seed: int) -> 
     """Held-out prompts that are trained on: against ``heldout_prompts``, and against the validation part."""
     leaks = {}
     if spec.heldout_prompts is not None:
-        leaks["heldout_prompts"] = _shared(found, _lines(Path(spec.heldout_prompts)))
+        leaks["heldout_prompts"] = _shared(found, read_prompts(spec.heldout_prompts, "data.heldout_prompts").texts)
     if has_validation(spec):
         rows = read_rows(replace(reading, bad_rows="skip"), Tally(), part="validation", seed=seed)
         leaks["validation"] = _shared(found, (row.prompt for row in rows))
@@ -179,13 +180,6 @@ def _shared(found: _Findings, prompts: Iterable[str]) -> dict:
 def words(prompt: str) -> frozenset[str]:
     """The distinct words of a prompt, without case, order or punctuation."""
     return frozenset(re.findall(r"\w+", normalised(prompt)))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"data.heldout_prompts: {path} cannot be read ({error})") from None
 
 
 def _problems(spec: DataSpec, result: dict) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Literal
 from ..rewards import Reward
 
 LARGEST = 1_000_000  # of any count: far beyond any use, far below what overflows an index
+FEWEST = 100  # bootstrap resamples: one alone would be an interval without width, and a verdict from nothing
 STRONGEST = 10.0  # of a LoRA's strength: beyond it there is only noise
 BASE, ALIGNED = "base", "aligned"
 
@@ -39,6 +40,11 @@ class Entrant:
             raise ValueError(f"checkpoint must not be negative, got {self.checkpoint}")
         if not 0 <= self.lora_scale <= STRONGEST:
             raise ValueError(f"lora_scale must lie in 0..{STRONGEST:g}, got {self.lora_scale}")
+
+
+def strength_side(strength: float) -> str:
+    """The name of a side that a sweep over strengths adds."""
+    return f"strength {strength:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +86,22 @@ class EvaluateSpec:
         for name in ("seeds", "num_inference_steps", "batch_size", "bootstrap_resamples", "grid_prompts"):
             if not 1 <= getattr(self, name) <= LARGEST:
                 raise ValueError(f"{name} must be at least 1 and at most {LARGEST:,}, got {getattr(self, name)}")
+        if self.bootstrap_resamples < FEWEST:
+            raise ValueError(f"bootstrap_resamples must be at least {FEWEST}: fewer give no interval, got "
+                             f"{self.bootstrap_resamples}")
         if self.guidance_scale < 0:
             raise ValueError(f"guidance_scale must not be negative, got {self.guidance_scale}")
         taken = next((name for name in self.models if name in (BASE, ALIGNED) or not name.strip()), None)
         if taken is not None:
             raise ValueError(f"models has one called {taken!r}: choose another name")
-        if len(set(self.strengths)) < len(self.strengths) or not all(0 <= s <= STRONGEST for s in self.strengths):
-            raise ValueError(f"strengths must differ and lie in 0..{STRONGEST:g}, got {list(self.strengths)}")
+        if not all(0 <= s <= STRONGEST for s in self.strengths):
+            raise ValueError(f"strengths must lie in 0..{STRONGEST:g}, got {list(self.strengths)}")
+        sides = [strength_side(strength) for strength in self.strengths]  # 0.1 and 0.10000001 would have one name
+        if len(set(sides)) < len(sides):
+            raise ValueError(f"strengths must differ in their first six digits, got {list(self.strengths)}")
+        taken = next((name for name in self.models if name in sides), None)
+        if taken is not None:
+            raise ValueError(f"models has one called {taken!r}, as a side of evaluate.strengths is: choose another name")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,14 +67,25 @@ def load(pipe, file: Path, adapter: str = "default_0") -> None:
     """
     check_weights([file], "the trained LoRA")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silent("diffusers.loaders.peft"):  # logs hundreds of lines before it raises
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several, on purpose
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Error(s) in")]
+        reason = (lines or [type(error).__name__])[0][:200]
         raise ModelError(f"{file}: does not fit this model ({reason}); train it again, or name its own base") from error
     if not any(adapter in names for names in pipe.get_list_adapters().values()):
         raise ModelError(f"{file}: holds nothing for this model; train it again, or name its own base")
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

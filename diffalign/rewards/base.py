@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, ResourceError, RewardError, UserError
 
 
 class Reward(Protocol):
@@ -37,17 +38,41 @@ def judged(reward: Reward, images: Sequence[Any], prompts: Sequence[str],
     """The reward's scores as everything else reads them: [N] float32 on the CPU, without gradient, infinities as NaN.
 
     columns: further columns of the pictures' rows; the reward is given those it names. Raises DataError when one is missing,
-    ValueError when the reward breaks its promise of one number per picture.
+    RewardError when the reward fails or breaks its promise of one number per picture, ResourceError when memory is full.
     """
     missing = [name for name in columns_of(reward) if name not in (columns or {})]
     if missing:
         raise DataError(f'reward "{reward.name}" reads a column "{missing[0]}" beside picture and prompt, and there is none')
     with torch.no_grad():
-        scores = reward(images, prompts, **{name: columns[name] for name in columns_of(reward)})
-    scores = torch.as_tensor(scores).detach().float().cpu()
-    if scores.shape != (len(prompts),):
-        raise ValueError(f'reward "{reward.name}" gave scores of shape {tuple(scores.shape)} for {len(prompts)} pictures')
+        scores = asked(reward, images, prompts, {name: columns[name] for name in columns_of(reward)}).detach().cpu()
     return torch.where(scores.isfinite(), scores, torch.nan)
+
+
+def asked(reward: Reward, images: Sequence[Any], prompts: Sequence[str], columns: Mapping[str, Sequence]) -> Tensor:
+    """The reward's scores as it gave them, [N] float32, with gradient if there is one. Raises as ``judged`` does."""
+    with _named(reward, f"failed on {len(prompts)} pictures"):
+        scores = reward(images, prompts, **columns)
+    with _named(reward, "must give one number per picture"):
+        scores = torch.as_tensor(scores).float()
+    if scores.shape != (len(prompts),):
+        raise RewardError(f'reward "{reward.name}" gave scores of shape {tuple(scores.shape)} for {len(prompts)} pictures; it '
+                          "must give one number per picture")
+    return scores
+
+
+@contextmanager
+def _named(reward: Reward, what: str) -> Iterator[None]:
+    """A reward is often a stranger's, and may fail in any way; ``SystemExit`` would even pass for success."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            raise ResourceError(f'reward "{reward.name}": out of memory; lower its batch_size') from error
+        reason = (str(error).strip().splitlines() or ["no message"])[0][:200]
+        raise RewardError(f'reward "{reward.name}" {what} ({type(error).__name__}: {reason}); mend it, --debug shows where it '
+                          "happened") from error
 
 
 def columns_of(reward: Reward) -> tuple[str, ...]:
@@ -57,12 +82,14 @@ def columns_of(reward: Reward) -> tuple[str, ...]:
 def check(reward: Reward) -> None:
     """Raises a UserError for what is wrong with a reward's options, as far as can be told without loading weights."""
     if hasattr(reward, "check"):
-        reward.check()
+        with _named(reward, "failed in its check()"):
+            reward.check()
 
 
 def identity(reward: Reward) -> dict[str, Any]:
     """JSON-ready facts that pin the reward's numbers; at least its name."""
-    return {"name": reward.name, **(reward.identity() if hasattr(reward, "identity") else {})}
+    with _named(reward, "failed in its identity()"):
+        return {"name": reward.name, **(reward.identity() if hasattr(reward, "identity") else {})}
 
 
 def pixels(image: Any) -> Tensor:

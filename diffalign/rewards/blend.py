@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import Reward, check, columns_of, identity
+from .base import Reward, asked, check, columns_of, identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,15 +189,10 @@ class Calibrated(_Blend):
 
 
 def part_scores(rewards: Sequence[Reward], images: Any, prompts: Sequence[str], **columns) -> Tensor:
-    """Every reward on every picture, [R, N] float32. Raises ConfigError for a reward that returns anything else."""
-    images, rows = list(images), []
-    for reward in rewards:
-        wanted = {name: columns[name] for name in columns_of(reward) if name in columns}
-        scores = reward(images, prompts, **wanted)
-        if not isinstance(scores, Tensor) or scores.shape != (len(images),):
-            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ConfigError(f'reward "{reward.name}" must return one score a picture, [{len(images)}]; it returned {found}')
-        rows.append(scores.float())
+    """Every reward on every picture, [R, N] float32. Raises RewardError naming the one that fails or gives anything else."""
+    images = list(images)
+    rows = [asked(reward, images, prompts, {name: columns[name] for name in columns_of(reward) if name in columns})
+            for reward in rewards]
     return torch.stack([row.to(rows[0].device) for row in rows])
 
 

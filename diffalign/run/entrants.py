@@ -16,7 +16,7 @@ from ..config import Evaluation, Recipe
 from ..errors import ConfigError
 from ..evaluate.compare import Stage, adapters_off
 from ..evaluate.sides import Draw, as_draw
-from ..evaluate.spec import ALIGNED, BASE, Entrant, EvaluateSpec
+from ..evaluate.spec import ALIGNED, BASE, Entrant, EvaluateSpec, strength_side
 from ..models.folder import check_weights, content, digest, weight_files
 from ..models.fuse import lora_file
 from ..models.load import encoder_facts, inspect, load_pipeline, model_identity
@@ -200,7 +200,7 @@ def _swept(models: Mapping[str, Model], main: str, strengths: tuple[float, ...])
     added, found = {}, {}
     for strength in sorted(strengths):
         wanted = replace(model, scale=strength) if strength else replace(model, lora=None, scale=1.0)
-        name = next((name for name in (BASE, main) if models[name] == wanted), f"strength {strength:g}")
+        name = next((name for name in (BASE, main) if models[name] == wanted), strength_side(strength))
         added |= {} if name in models else {name: wanted}
         found[name] = strength
     return added, found

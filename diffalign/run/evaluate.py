@@ -21,6 +21,7 @@ from ..evaluate.report import Run, write_gallery, write_grids, write_report
 from ..models.load import model_identity
 from ..rewards import Reward
 from ..train import make_accelerator, world_of
+from ..train.checkpoint import check_writable
 from ..train.spec import TrainSpec
 from . import parts
 from .entrants import Entrants
@@ -39,6 +40,7 @@ def evaluate(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
     started = time.monotonic()
     facts = _facts(recipe)
     entrants = Entrants.of(recipe)
+    check_writable(Path(recipe.output_dir))
     accelerator = _accelerator(recipe)
     comparison = _compare(recipe, entrants, accelerator)
     run = _run(recipe, entrants, facts, time.monotonic() - started)

@@ -116,6 +116,11 @@ class Monitor:
                               "draw the base; train in another output_dir, or set monitor=null with "
                               "train.allow_change=[monitor]")
         side = self._drawn(bank, ORIGIN if step else CURRENT)
+        for option in ("judge", "reward"):
+            scores = getattr(side, option)
+            if scores is not None and np.isnan(scores).all():
+                raise ConfigError(f'monitor.{option}: reward "{getattr(self.spec, option).name}" could score none of '
+                                  f"{scores.size} pictures of the base; choose one that understands these prompts")
         self._gathered(lambda: write(self.folder / BASE, f"{self._key()}\n{side.text()}".encode()) or "", only_rank_0=True)
         return side
 

@@ -23,8 +23,8 @@ from ..models.load import encoder_facts, inspect, is_distilled, load_denoiser, l
 from ..models.weights import WeightBank
 from ..objectives import title_of
 from ..objectives.sft import winners
+from ..rewards import Reward, columns_of, judged
 from ..rewards import check as check_reward
-from ..rewards import judged
 from ..sampling.scheduler import make_scheduler
 from ..train import world_of
 from ..types import Memory
@@ -40,9 +40,7 @@ def check_before(recipe: Recipe) -> None:
     check_evaluate(recipe)
     check_monitor(recipe)
     judge = getattr(recipe.source, "judge", None)
-    reward = getattr(judge or recipe.source, "reward", None)
-    if reward is not None:
-        check_reward(reward)
+    check_judge("source.judge.reward" if judge else "source.reward", getattr(judge or recipe.source, "reward", None))
     if hasattr(judge, "check_for"):
         judge.check_for(recipe.model)
 
@@ -64,13 +62,25 @@ def _check_distilled(recipe: Recipe) -> None:
                           "LoRA in model.fuse_lora, or set model.distilled=true")
 
 
+def check_judge(option: str, reward: Reward | None) -> None:
+    """A reward for pictures that are drawn from prompts alone. Raises UserError children."""
+    if reward is None:
+        return
+    check_reward(reward)
+    if columns_of(reward):
+        raise ConfigError(f'{option}: reads a column "{columns_of(reward)[0]}" beside picture and prompt, which prompts alone '
+                          "do not have; choose another reward")
+
+
 def check_evaluate(recipe: Recipe | Evaluation) -> None:
     """A wrong judge, prompt file or scheduler is found before training, not after."""
     spec = recipe.evaluate
     if spec is not None:
         read_prompts(spec.prompts)
-        for reward in filter(None, (spec.judge, *spec.rewards.values(), spec.training_reward)):
-            check_reward(reward)
+        check_judge("evaluate.judge", spec.judge)
+        check_judge("evaluate.training_reward", spec.training_reward)
+        for name, reward in spec.rewards.items():
+            check_judge(f"evaluate.rewards.{name}", reward)
         folder, _ = inspect(recipe.model)
         if spec.scheduler or spec.timestep_spacing:
             make_scheduler(folder.config("scheduler"), spec.scheduler, spec.timestep_spacing, spec.num_inference_steps)
@@ -92,9 +102,9 @@ def check_monitor(recipe: Recipe) -> None:
         return
     if spec.prompts is None:
         raise ConfigError("monitor.prompts: is missing, and there is no evaluate.prompts to take; name a file of prompts")
-    read_prompts(spec.prompts)
-    for reward in filter(None, (spec.judge, spec.reward)):
-        check_reward(reward)
+    read_prompts(spec.prompts, "evaluate.prompts" if recipe.monitor.prompts is None else "monitor.prompts")
+    for option, reward in {"monitor.judge": spec.judge, "monitor.reward": spec.reward}.items():
+        check_judge(option, reward)
     if spec.early_stop is not None and spec.judge is None:
         raise ConfigError("monitor.early_stop: watches the held-out judge, and there is none; set monitor.judge")
 

@@ -110,6 +110,12 @@ def test_bad_places(folder, tmp_path):
         read_gallery(folder)
 
 
+def test_a_prompt_may_hold_a_line_separator(folder):
+    lines = [json.dumps({**row(model, f"{model}.png"), "prompt": "a\u2028b\x85c"}, ensure_ascii=False) for model in "ab"]
+    (folder / "gallery.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    assert list(read_gallery(folder).prompts) == ["a\u2028b\x85c"]
+
+
 def test_a_picture_that_changed_is_not_shown(folder):
     rows(folder, row("m", "a.png"), row("n", "b.png"))
     found = read_gallery(folder)

@@ -426,6 +426,7 @@ cpu: true
     ("prompts=gone.txt", ("prompts: cannot read gone.txt",)),
     ("rewards.checker=scenez", ("rewards.checker.kind", 'Did you mean "scenes"')),
     ("rewards={}", ("rewards: is empty",)),
+    ("filters=[ties, {kind: margin, reward: pick}]", ("filters.1.reward names 'pick'", "among rewards: ")),
     ("models.base.pretrained_model_name_or_path=/nowhere/model", ("/nowhere/model",)),
     ("models.base.lora=gone.safetensors", ("models.base.lora", "gone.safetensors")),
     ("models.base.lora_scale=0.5", ("models.base.lora_scale: needs a lora",)),

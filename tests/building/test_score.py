@@ -25,7 +25,7 @@ from diffalign.config import load_score
 from diffalign.data.columns import Tally, detect_layout, read_rows
 from diffalign.data.spec import DataSpec
 from diffalign.errors import ConfigError, DataError
-from diffalign.rewards import Reward
+from diffalign.rewards import REWARDS, Reward
 from diffalign.rewards.rules import Brightness
 
 from . import toy
@@ -311,3 +311,33 @@ def test_refused_in_one_line(table, capsys, rewards, data, override, words):
     found = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffalign: ")]
     assert len(found) == 1 and all(word.replace("EMPTY", "empty") in found[0] for word in words), found
     assert table.read_bytes() == before
+
+
+def test_a_link_to_nowhere_is_a_picture_that_cannot_be_read(tmp_path):
+    write_png(tmp_path / "pictures" / "b.png", 100)
+    (tmp_path / "pictures" / "a.png").symlink_to("nowhere.png")
+    run.score(spec(tmp_path / "pictures"))
+    assert [row["score_bright"] is None for row in lines(tmp_path / "pictures" / "pictures.scored.jsonl")] == [True, False]
+
+
+def test_a_reward_that_cannot_be_copied_is_used_itself(table):
+    class Locked(Brightness):
+        def __deepcopy__(self, memo):
+            raise TypeError("cannot pickle '_thread.lock' object")
+
+    assert run.score(spec(table, rewards={"bright": Locked()}))["rewards"]["bright"]["scored"] == 200
+
+
+def test_options_may_stand_behind_the_file_of_rewards(table, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text("from dataclasses import dataclass\nimport torch\n\n@dataclass(frozen=True, kw_only=True)\nclass Leaves:\n"
+                    "    name = 'leaves'\n    differentiable = False\n\n    def __call__(self, images, prompts):\n"
+                    "        raise SystemExit(0)\n")
+    try:
+        code = main(["score", "leaves", str(table), "--rewards-from", str(file), "cpu=true", f"output={tmp_path / 'o.jsonl'}"])
+    finally:
+        REWARDS.pop("leaves", None)
+    assert code == 2 and 'reward "leaves" failed' in capsys.readouterr().err and not (tmp_path / "o.jsonl").exists()
+    with pytest.raises(SystemExit) as found:
+        main(["score", "leaves", str(table), "cpu=true", "--nope"])
+    assert found.value.code == 2 and "--nope" in capsys.readouterr().err

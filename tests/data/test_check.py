@@ -92,11 +92,20 @@ def test_refusals(tmp_path):
     tied = jsonl(tmp_path / "t.jsonl", [{"prompt": "p", "images": ["a.png"] * 2, "scores": [1, 1]}])
     with pytest.raises(DataError, match="all 1 rows are ties"):
         check(spec(tied), resolution=16, spatial_factor=4)
-    with pytest.raises(DataError, match="data.heldout_prompts: .* cannot be read"):
+    with pytest.raises(DataError, match="data.heldout_prompts: cannot read .*no.txt"):
         check(spec(pairs(tmp_path), heldout_prompts=str(tmp_path / "no.txt")), resolution=16, spatial_factor=4)
 
 
 # --- near leakage
+
+
+def test_held_out_prompts_may_be_a_table(tmp_path):
+    """A benchmark's own file: read as raw lines, no prompt of it would ever be found."""
+    path = pairs(tmp_path, 2, prompts=2)
+    prompt = json.loads(path.read_text().splitlines()[0])["prompt"]
+    (tmp_path / "held.tsv").write_text(f"Prompt\tCategory\n{prompt}\tanimals\n", encoding="utf-8")
+    leak = check(spec(path, heldout_prompts=str(tmp_path / "held.tsv")), resolution=16, spatial_factor=4)["leakage"]
+    assert (leak["heldout_prompts"]["prompts"], leak["heldout_prompts"]["shared"]) == (1, 1)
 
 
 def test_same_words_in_another_order(tmp_path):

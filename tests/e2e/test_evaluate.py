@@ -127,7 +127,8 @@ def test_a_recipe_without_training(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("override", "words"), [
-    ("evaluate.models={}", "evaluate.models is empty"),
+    ("evaluate.models={}", "diffalign: evaluate.models is empty"),
+    ("output_dir=/dev/null/out", "output_dir: cannot write in /dev/null/out"),
     ("evaluate.models.x={lora: nowhere}", "evaluate.models.x.lora: nowhere: no such file"),
     ("evaluate.models.x={checkpoint: 7}", "evaluate.models.x.checkpoint: there is no"),
     ("evaluate.models.x={pretrained_model_name_or_path: /nowhere}", "/nowhere: no such folder"),
@@ -136,7 +137,7 @@ def test_a_recipe_without_training(tmp_path, capsys):
     (f"evaluate.models.lcm={{pretrained_model_name_or_path: {MODEL}}}", "no strength to vary"),
     ("evaluate.rewards.vivid=colorfulness", 'Did you mean "colourfulness"?'),
     ("evaluate.training_reward=nothing", "evaluate.training_reward.kind: no reward called"),
-    ("evaluate.strengths=[1, 11]", "evaluate.strengths: must differ and lie in 0..10"),
+    ("evaluate.strengths=[1, 11]", "evaluate.strengths: must lie in 0..10"),
     ("data={path: x}", "objective: is missing"),
     ("evaluate=null", "evaluate: expected options")])
 def test_what_is_wrong_is_one_line(tmp_path, capsys, override, words):

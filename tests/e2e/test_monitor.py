@@ -1,23 +1,42 @@
 """Pictures while a run trains: what is written, that training doesn't notice, exact resume, and the two ways to end early."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from diffalign.cli import main
+from diffalign.rewards import REWARDS
 
 from .test_main_job import lora, metrics, same
 
 MONITOR = {"every": 2, "max_prompts": 6, "seeds": 2, "sampler": {"steps": 2}, "grid_prompts": 3}
 GARBAGE = {"learning_rate": 0.3, "lr_scheduler": "constant"}  # ruins the pictures within two steps
 STILL = {"learning_rate": 1e-6, "lr_scheduler": "constant"}  # moves nothing that anybody could see
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent:
+    name = "silent"
+    differentiable = False
+
+    def __call__(self, images, prompts, **columns):
+        return torch.full((len(prompts),), math.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told(Silent):
+    name = "told"
+    columns = ("user",)
 
 
 def recipe(small, folder, monitor=None, **sections):
@@ -136,7 +155,11 @@ def test_two_processes_see_what_one_sees(small, tmp_path):
 
 @pytest.mark.parametrize("monitor, evaluate, message", [
     ({}, None, "monitor.prompts: is missing, and there is no evaluate.prompts to take"),
-    ({"prompts": "nowhere.txt"}, {}, "cannot read nowhere.txt"),
+    ({"prompts": "nowhere.txt"}, {}, "diffalign: monitor.prompts: cannot read nowhere.txt"),
+    ({"judge": "told"}, {}, 'monitor.judge: reads a column "user" beside picture and prompt'),
+    ({"judge": "silent"}, {}, 'monitor.judge: reward "silent" could score none of 12 pictures of the base'),
+    ({"reward": "silent"}, {}, 'monitor.reward: reward "silent" could score none of 12'),
+    ({}, {"judge": "told"}, 'evaluate.judge: reads a column "user" beside picture and prompt'),
     ({"early_stop": {}}, {"judge": None}, "monitor.early_stop: watches the held-out judge, and there is none"),
     ({"early_stop": {"patience": 0}}, {}, "monitor.early_stop.patience: must be at least 1"),
     ({"every": 0}, {}, "monitor.every: must be at least 1"),
@@ -145,7 +168,9 @@ def test_two_processes_see_what_one_sees(small, tmp_path):
     ({"on_alarm": "shout"}, {}, "monitor.on_alarm: "),
     ({"evry": 3}, {}, 'Did you mean "every"?'),
 ])
-def test_bad_options_are_one_line(small, tmp_path, capsys, monitor, evaluate, message):
+def test_bad_options_are_one_line(small, tmp_path, capsys, monkeypatch, monitor, evaluate, message):
+    for kind in (Silent, Told):
+        monkeypatch.setitem(REWARDS, kind.name, kind)
     file = recipe(small, tmp_path, monitor, evaluate=evaluate)
     assert main(["train", str(file)]) == 2
     err = capsys.readouterr().err

@@ -315,7 +315,10 @@ def test_two_processes_find_what_one_finds(tmp_path):
 
 @pytest.mark.parametrize(("fields", "words"), [
     ({"models": {"base": Entrant(lora="x")}}, "models has one called 'base'"),
-    ({"strengths": (0.5, 0.5)}, "strengths must differ"), ({"strengths": (-0.1,)}, "lie in 0..10")])
+    ({"bootstrap_resamples": 1}, "bootstrap_resamples must be at least 100"),
+    ({"strengths": (0.5, 0.5)}, "strengths must differ"), ({"strengths": (0.1, 0.10000001)}, "strengths must differ"),
+    ({"strengths": (0.5,), "models": {"strength 0.5": Entrant(lora="x")}}, "models has one called 'strength 0.5'"),
+    ({"strengths": (-0.1,)}, "lie in 0..10")])
 def test_specs_that_cannot_be_meant(fields, words):
     with pytest.raises(ValueError, match=words):
         spec(**fields)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from diffalign import config
 from diffalign.config import as_tree, load_reward, rewards_from
-from diffalign.errors import ConfigError, DataError
-from diffalign.rewards import REWARDS, Reward, judged
+from diffalign.errors import ConfigError, DataError, ResourceError, RewardError
+from diffalign.rewards import REWARDS, Reward, check, identity, judged
 from diffalign.rewards.base import as_pil, pixels
 from diffalign.rewards.rules import Compressibility
 from diffalign.rewards.scenes import SceneChecker
@@ -170,8 +170,42 @@ def test_scores_are_float32_with_nan_for_unscored(scores, expected):
             return scores
     found = judged(Fixed(), [None, None], ["", ""])
     assert found.dtype == torch.float32 and [None if math.isnan(x) else x for x in found.tolist()] == expected
-    with pytest.raises(ValueError, match=r"shape \(2,\) for 1 pictures"):
+    with pytest.raises(RewardError, match=r"shape \(2,\) for 1 pictures"):
         judged(Fixed(), [None], [""])
+
+
+def fails(error):
+    def call(self, images, prompts):
+        raise error
+    return call
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (fails(RuntimeError("kaboom\nmore")), r'"odd" failed on 2 pictures \(RuntimeError: kaboom\)'),
+    (fails(KeyError()), "KeyError: no message"), (fails(SystemExit(0)), "SystemExit: 0"),  # which would pass for success
+    (lambda self, images, prompts: None, "must give one number per picture"),
+    (lambda self, images, prompts: ["a", "b"], "must give one number per picture"),
+    (lambda self, images, prompts: 3.0, r"shape \(\) for 2"),
+    (lambda self, images, prompts: torch.zeros(2, 1), r"shape \(2, 1\)")])
+def test_a_reward_that_fails_is_named_in_one_line(call, words):
+    odd = type("Odd", (), {"name": "odd", "differentiable": False, "__call__": call})()
+    with pytest.raises(RewardError, match=words) as found:
+        judged(odd, [None, None], ["", ""])
+    assert "\n" not in str(found.value)
+
+
+def test_errors_of_a_reward_that_the_user_can_mend_stay_what_they_are():
+    odd = type("Odd", (), {"name": "odd", "differentiable": False, "__call__": fails(DataError("row 3: broken")),
+                           "check": lambda self: fails(OSError("gone"))(0, 0, 0), "identity": lambda self: 1 / 0})
+    with pytest.raises(DataError, match="^row 3: broken$"):
+        judged(odd(), [None], [""])
+    odd.__call__ = fails(MemoryError())
+    with pytest.raises(ResourceError, match='"odd": out of memory'):
+        judged(odd(), [None], [""])
+    with pytest.raises(RewardError, match=r"check\(\) \(OSError: gone\)"):
+        check(odd())
+    with pytest.raises(RewardError, match=r"identity\(\) \(ZeroDivisionError"):
+        identity(odd())
 
 
 def test_a_reward_with_parts_is_built_from_a_recipe():

@@ -21,6 +21,7 @@ from diffalign.models import (
     save_lora,
     save_pipeline,
 )
+from diffalign.models.lora import load
 
 from . import tiny
 
@@ -187,6 +188,14 @@ def test_found_while_fusing(folders, lora, change, words):
     with pytest.raises(ModelError, match=words) as raised:
         load_denoiser(tiny.spec(folders("sdxl"), fuse_lora=str(folder)))
     assert "\n" not in str(raised.value)
+
+
+def test_a_lora_of_another_shape_is_one_line(folders, lora, caplog):
+    """diffusers logs a line a layer before it raises."""
+    folder = damaged(lora("sdxl"), lambda t: {name: torch.zeros(x.shape[0] + 1, x.shape[1] + 1) for name, x in t.items()})
+    with pytest.raises(ModelError, match="does not fit this model .size mismatch") as raised:
+        load(load_pipeline(tiny.spec(folders("sdxl"))), folder / "pytorch_lora_weights.safetensors")
+    assert "\n" not in str(raised.value) and not caplog.records
 
 
 def test_empty_name():

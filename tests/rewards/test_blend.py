@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffalign.config import as_tree, load_reward
-from diffalign.errors import ConfigError, DataError
+from diffalign.errors import ConfigError, DataError, RewardError
 from diffalign.reward_training import fit_calibration
+from diffalign.rewards import judged
 from diffalign.rewards.blend import (
     Calibrated,
     LogSigmoidCentred,
@@ -179,8 +180,24 @@ def test_a_part_that_breaks_its_promise_is_named():
         def __call__(self, images, prompts):
             return torch.zeros(1)
 
-    with pytest.raises(ConfigError, match=r'reward "wrong" must return one score a picture, \[3\]; it returned \(1,\)'):
+    with pytest.raises(RewardError, match=r'reward "wrong" gave scores of shape \(1,\) for 3 pictures'):
         WeightedSum(rewards=(Wrong(),))(range(3), ["p"] * 3)
+
+
+def test_a_part_that_fails_is_named_and_lists_of_numbers_are_scores():
+    """As alone: what `judged` takes from a reward, a combination takes from its parts."""
+    class Part:
+        name, differentiable = "part", False
+
+        def __init__(self, scores):
+            self.scores = scores
+
+        def __call__(self, images, prompts):
+            return self.scores or 1 / 0
+
+    assert WeightedSum(rewards=(Part([1, 2]), Part([True, False])))([None, None], ["", ""]).tolist() == [2, 2]
+    with pytest.raises(RewardError, match='reward "part" failed on 2 pictures .ZeroDivisionError'):
+        judged(Minimum(rewards=(Part([1, 2]), Part(None))), [None, None], ["", ""])
 
 
 # Groups.
