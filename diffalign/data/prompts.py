@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def read_prompts(path: str | Path, option: str = "evaluate.prompts") -> Prompts:
     naming the option, file and line.
     """
     path = Path(path)
-    prompts = _folder(path, option) if path.is_dir() else _file(path, option)
+    prompts = _folder(path, option) if os.path.isdir(path) else _file(path, option)  # Path.is_dir may raise
     if not prompts.texts:
         raise DataError(f"{option}: {path} holds no prompt; write one prompt a line")
     return prompts

@@ -27,7 +27,8 @@ from ..errors import CheckpointError
 FORMAT = 1
 SLACK = 1 << 20  # bytes for state.json, the manifest and the file system's own records
 STATE_KEYS = ("format", "step", "samples", "updates", "seconds", "memory", "window", "validation_start",
-              "validation_end", "validated", "optimizer", "ema", "scaler", "config", "identity", "groups_per_step")
+              "validation_end", "validated", "optimizer", "ema", "scaler", "config", "identity", "groups_per_step",
+              "stopped")
 
 Groups = dict[str, dict[str, Tensor]]  # file name without suffix -> tensors by name
 
