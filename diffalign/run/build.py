@@ -23,9 +23,10 @@ from ..data.prompts import Prompts, read_prompts
 from ..errors import DataError
 from ..evaluate.files import clean, write_json
 from ..rewards import Reward, identity
-from ..train import make_accelerator, world_of
+from ..train import make_accelerator
 from ..train.checkpoint import check_writable, claim
 from ..train.spec import TrainSpec
+from ..world import world_of
 from .words import Printer, silent
 
 FACTS, WORK = "build.json", "work"

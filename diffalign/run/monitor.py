@@ -26,9 +26,9 @@ from ..models.weights import CURRENT, ORIGIN, WeightBank
 from ..rewards import Reward, judged
 from ..rewards.base import as_pil
 from ..sampling.grid import grid, save_grid, shown
-from ..train import Finding, world_of
-from ..train.world import raise_together
+from ..train import Finding
 from ..types import Cond
+from ..world import raise_together, world_of
 from . import parts
 
 FOLDER, BASE = "monitor", "base.json"

@@ -12,9 +12,10 @@ from ..building.score import Source
 from ..building.spec import ScoreSpec
 from ..evaluate.files import clean, write_json
 from ..rewards import check as check_reward
-from ..train import make_accelerator, world_of
+from ..train import make_accelerator
 from ..train.checkpoint import check_writable
 from ..train.spec import TrainSpec
+from ..world import world_of
 from .build import claimed, identities, versions
 from .words import Printer, silent
 

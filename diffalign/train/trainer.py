@@ -22,6 +22,7 @@ from ..errors import CheckpointError
 from ..methods import Context, Method
 from ..models.base import Denoiser
 from ..types import Memory
+from ..world import raise_together, world_of
 from . import checkpoint, guard
 from .feed import Feed, Source, to_device
 from .hooks import Hook, Log, Progress, Recent, Saturation, truncate_log
@@ -31,7 +32,6 @@ from .optim import Average, build_optimizer, learning_rates, load_optimizer_stat
 from .spec import TrainSpec
 from .state import Finding, RunState, Summary, Window
 from .tally import Tally, Totals
-from .world import check_same_weights, raise_together, world_of
 
 CHECK_MOVED = 3  # updates: LoRA's first matrix gets its first gradient at the second
 EXPORT_LIMIT = 2**30  # bytes of trainable weights up to which every checkpoint also holds the files that users load
@@ -281,7 +281,7 @@ class _Trainer:
         with guard.readable_out_of_memory(self.spec, self.device):
             batch = self.feed.take(0)[0]
             loss, apart = guard.compare_sets(self.method, to_device(batch, self.device), self._context())
-        raise_together(self.world, guard.disagreement_error(apart))
+        raise_together(self.world, guard.disagreement_error(apart), guard.TrainingError)
         local = torch.stack([loss.per_group.sum().double(), batch.valid.any(1).sum().to(self.device).double()])
         total, groups = self.world.sum(local).tolist()
         self.initial_loss = total / max(1.0, groups)
@@ -347,7 +347,7 @@ class _Trainer:
 
     def _save(self) -> None:
         """On all ranks: all prove that they hold the same weights, rank 0 writes, all hear of a failure."""
-        check_same_weights(self.world, self.params)
+        guard.check_same_weights(self.world, self.params)
         self._on_rank_0(self._write)
         self.saved_step, self.save_is_due = self.state.step, False
 

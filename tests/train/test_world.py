@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffalign.train import Single
 from diffalign.train.checkpoint import checkpoints, load
-from diffalign.train.world import check_same_weights, raise_together
+from diffalign.train.guard import check_same_weights
+from diffalign.world import Single, raise_together
 
 from . import gloo, toy
 

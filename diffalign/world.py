@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .guard import TrainingError
+from .errors import UserError
 
 
 class World(Protocol):
@@ -80,23 +79,10 @@ def world_of(accelerator) -> World:
     return Distributed(accelerator.process_index, accelerator.num_processes, accelerator.device)
 
 
-def raise_together(world: World, error: Exception | None, kind: type[Exception] = TrainingError) -> None:
+def raise_together(world: World, error: Exception | None, kind: type[Exception] = UserError) -> None:
     """Every rank raises when one has an error: its own, or the first of the others as ``kind``."""
     messages = [text for text in world.gather("" if error is None else str(error) or repr(error)) if text]
     if error is not None:
         raise error
     if messages:
         raise kind(messages[0])
-
-
-def check_same_weights(world: World, params: dict[str, Tensor]) -> None:
-    """Raise TrainingError on all ranks unless every rank holds the same bits. params: float32 tensors by name.
-
-    A sum of the bit patterns as integers: any single flipped bit changes it.
-    """
-    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params.values()]).tolist()
-    ranks = [json.loads(text) for text in world.gather(json.dumps(sums))]
-    for name, *values in zip(params, *ranks):
-        if len(set(values)) > 1:
-            raise TrainingError(f"the processes hold different weights in {name}: a fault of memory or network, or a "
-                                "forward that bypassed DDP; resume from the checkpoint before")
