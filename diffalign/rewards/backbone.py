@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..models.load import loading
 from .preprocess import Preprocess
 from .towers import ClipSource, clip_tokenizer
-from .weights import loading
 
 
 class Backbone(nn.Module):
