@@ -368,11 +368,19 @@ def _build(cls: type, tree: object, path: str, lead: tuple[str, ...] = ()):
     missing = [name for name, f in fields.items() if name not in tree and _required(f)]
     if missing:
         raise ConfigError(f"{_join(path, missing[0])}: is missing")
-    values = {name: _value(hints[name], tree[name], _join(path, name)) for name in fields if name in tree}
+    values = {name: _value(hints[name], _on_default(field, tree[name]), _join(path, name))
+              for name, field in fields.items() if name in tree}
     try:
         return cls(**values)
     except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:  # the last ones in a stranger's class
         raise ConfigError(_place(path, str(error) or type(error).__name__, fields)) from None
+
+
+def _on_default(field: dataclasses.Field, value: object) -> object:
+    """A section that is given in part is completed by the field's own default, which may be another one than its class's."""
+    if isinstance(value, dict) and "kind" not in value and dataclasses.is_dataclass(field.default):
+        return {**as_tree(field.default), **value}
+    return value
 
 
 def _value(annotation, value: object, path: str):
