@@ -121,7 +121,7 @@ def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
         return loaded[0]
 
     for part in ("train", "validation") if data.has_validation(spec) else ("train",):
-        report = data.encode(spec, encoders, cache_dir=_cache_dir(recipe), resolution=resolution, seed=recipe.seed, part=part,
+        report = data.encode(spec, encoders, cache_dir=cache_dir(recipe), resolution=resolution, seed=recipe.seed, part=part,
                              facts=facts, rank=world.rank, world=world.size, barrier=world.barrier,
                              progress=accelerator.is_main_process)
         say(report.summary())
@@ -134,7 +134,7 @@ def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
     return (*caches, None)[:2]
 
 
-def _cache_dir(recipe: Recipe) -> Path:
+def cache_dir(recipe: Recipe) -> Path:
     return Path(recipe.data.cache_dir) if recipe.data.cache_dir else Path(recipe.output_dir).parent / "cache"
 
 
@@ -147,17 +147,28 @@ def _reads(recipe: Recipe, method: Preference) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*method.reads, *filter(None, (getattr(recipe.source, "weights", None),)))))
 
 
-def bank_of(recipe: Recipe, method: Preference, accelerator, cache) -> WeightBank:
-    """The denoiser with its weight sets. The frozen base of a LoRA is kept in the precision it is computed in."""
+def precision_of(recipe: Recipe) -> tuple[torch.dtype, torch.dtype]:
+    """What the denoiser is computed in, and what its base is stored in: a LoRA's frozen base in what it is computed in."""
     forward = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.mixed_precision, torch.float32)
-    dtype = torch.float32 if recipe.model.lora is None else forward
-    denoiser = load_denoiser(recipe.model, dtype=dtype, device=accelerator.device)
+    return forward, torch.float32 if recipe.model.lora is None else forward
+
+
+def denoiser_of(recipe: Recipe, accelerator) -> Denoiser:
+    """The model that training starts from, as it computes."""
+    denoiser = load_denoiser(recipe.model, dtype=precision_of(recipe)[1], device=accelerator.device)
     _attention(denoiser, recipe)
+    return denoiser
+
+
+def bank_of(recipe: Recipe, method: Preference, accelerator, cache, measured: bool = False) -> WeightBank:
+    """The denoiser with its weight sets. measured: nothing asks for the reference, whose errors come with the batches."""
+    forward, _ = precision_of(recipe)
+    denoiser = denoiser_of(recipe, accelerator)
     if isinstance(recipe.likelihood, LatentScores):
         denoiser = from_denoiser(denoiser, recipe.model, guidance_scale=recipe.likelihood.guidance_scale, seed=recipe.seed,
                                  text_projection=recipe.likelihood.text_projection)
     bank = WeightBank.build(denoiser, recipe.model.lora, reads=_reads(recipe, method), seed=recipe.seed,
-                            forward_dtype=forward, rule=recipe.reference)
+                            forward_dtype=forward, rule=recipe.reference, measured=measured)
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(denoiser)
     if getattr(recipe.reference, "gate", None) is not None:
