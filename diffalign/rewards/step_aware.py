@@ -1,6 +1,6 @@
 """SPO's step-aware preference model: a CLIP whose picture tower knows the noise level (arXiv 2406.04314; spo.md 2a).
 
-It reads the picture that the denoiser predicts at that level, not the noisy latent: blurred pictures are judged as what they are.
+It reads the picture that the denoiser predicts at that level, not the noisy latent: a blurred one is judged as what it is.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ SINES, SPREAD = 256, 0.02  # width of the time's sinusoid; standard deviation of
 
 
 class TimeConditioning(nn.Module):
-    """Adaptive layer norms of a CLIP's picture tower: every block's two norms are scaled and shifted and its two branches gated
-    by the time, and so is the normed class token; (1 + scale) x + shift. Starts as the tower without it.
+    """Adaptive layer norms of a CLIP's picture tower: every block's two norms are scaled and shifted by the time and its two
+    branches gated, and the last norm is scaled and shifted; (1 + scale) x + shift. Starts as the tower without it.
 
     The released constructor fills all six numbers with 1, also scale and shift, which only its own initialisation mends
     (spo.md 7.4); here gates are 1 and the others 0 from the start.

@@ -240,8 +240,8 @@ def test_every_process_has_as_many_micro_batches():
 
 
 def test_a_finished_latent_is_judged_as_it_is():
-    """spo.md 2b.5: after the last step the latents themselves, with timestep 0; before it what is predicted of them. Of the child
-    that goes on the prediction is the next step's own: 4 passes without comparison, one at the first fork, then 4 a state."""
+    """spo.md 2b.5: after the last step the latents themselves, with timestep 0; before it what is predicted of them. Of the
+    child that goes on the prediction is the next step's own: 4 passes without comparison, one at the first fork, 4 a state."""
     process, asked = sd_process(), []
 
     def predict(name, xt, t, cond):

@@ -97,7 +97,8 @@ def data(tmp_path_factory):
 
 def recipe_for(folder, clip, data, **options):
     common = {"features": "lora", "lora": RewardLora(rank=2), "steps": StepSpec(model=MODEL), "epochs": 2, "batch_size": 8,
-              "learning_rate": 0.01, "stop_share": 0.0, "encode_batch_size": 4, "head": BradleyTerry(hidden=0), "device": "cpu"}
+              "learning_rate": 0.01, "stop_share": 0.0, "encode_batch_size": 4, "head": BradleyTerry(hidden=0),
+              "device": "cpu"}
     return RewardRecipe(output_dir=str(folder), backbone=str(clip), data=data, **{**common, **options})
 
 
