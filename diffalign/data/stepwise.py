@@ -6,6 +6,8 @@ one state, a judge ranks them, best and worst become a group with the step's exa
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Literal, Protocol
@@ -16,7 +18,7 @@ from torch import Tensor
 from .. import rng
 from ..process.parameterization import like
 from ..process.solver import at, bridge_std, guided, stochastic_step
-from ..rewards import Reward, columns_of, judged
+from ..rewards import Reward, columns_of, identity, judged
 from ..sampling.latents import Sampler
 from ..types import Batch, Cond, Steps
 from .judges import LatentJudge
@@ -57,6 +59,10 @@ class PredictedImage:
     @property
     def differentiable(self) -> bool:
         return self.reward.differentiable
+
+    def identity(self) -> str:
+        """Hash of what pins its scores: a run goes on with the judge it began with."""
+        return hashlib.sha256(json.dumps(identity(self.reward), sort_keys=True, default=str).encode()).hexdigest()
 
     def slope(self, x: Tensor, t: Tensor, x0: Tensor | None, prompts: Sequence[str], decode: Callable) -> Tensor:
         """With respect to the predicted latent: the model's own Jacobian is left out (tailorpo.md 7.5)."""
