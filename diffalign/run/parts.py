@@ -26,8 +26,8 @@ from ..objectives.sft import winners
 from ..rewards import Reward, columns_of, judged
 from ..rewards import check as check_reward
 from ..sampling.scheduler import make_scheduler
-from ..train import world_of
 from ..types import Memory
+from ..world import world_of
 
 PROBE = 64  # winners that a gated reference is measured on
 FEW = 8  # timesteps of a schedule that only a distilled model can draw with

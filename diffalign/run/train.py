@@ -20,8 +20,9 @@ from ..methods import Preference
 from ..models.base import Denoiser
 from ..models.load import load_denoiser, model_identity, save_pipeline
 from ..models.weights import WeightBank
-from ..train import fit, make_accelerator, world_of
+from ..train import fit, make_accelerator
 from ..train.checkpoint import check_writable, disk_errors
+from ..world import world_of
 from . import parts
 from .monitor import Monitor
 from .words import PIPELINE, SUMMARY, Printer, derived, method_name, run_of, silent
