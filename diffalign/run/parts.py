@@ -40,7 +40,8 @@ def check_before(recipe: Recipe) -> None:
     check_evaluate(recipe)
     check_monitor(recipe)
     judge = getattr(recipe.source, "judge", None)
-    check_judge("source.judge.reward" if judge else "source.reward", getattr(judge or recipe.source, "reward", None))
+    check_judge("source.judge.reward" if judge else "source.reward", getattr(judge or recipe.source, "reward", None),
+                given=("t",) if judge else ())
     if hasattr(judge, "check_for"):
         judge.check_for(recipe.model)
 
@@ -62,13 +63,14 @@ def _check_distilled(recipe: Recipe) -> None:
                           "LoRA in model.fuse_lora, or set model.distilled=true")
 
 
-def check_judge(option: str, reward: Reward | None) -> None:
-    """A reward for pictures that are drawn from prompts alone. Raises UserError children."""
+def check_judge(option: str, reward: Reward | None, given: tuple[str, ...] = ()) -> None:
+    """A reward for pictures that are drawn from prompts alone, with the columns ``given``. Raises UserError children."""
     if reward is None:
         return
     check_reward(reward)
-    if columns_of(reward):
-        raise ConfigError(f'{option}: reads a column "{columns_of(reward)[0]}" beside picture and prompt, which prompts alone '
+    missing = [name for name in columns_of(reward) if name not in given]
+    if missing:
+        raise ConfigError(f'{option}: reads a column "{missing[0]}" beside picture and prompt, which prompts alone '
                           "do not have; choose another reward")
 
 
