@@ -52,6 +52,7 @@ def run_of(recipe: Recipe, facts: dict) -> Run:
                data=recipe.data.path, rank=lora.rank if lora else None, beta=_beta(recipe),
                seed=recipe.seed, pairs=facts["pairs"], steps=facts["step"], train_seconds=facts["seconds"],
                total_seconds=facts.get("total_seconds", facts["wall_seconds"]), heldout=facts["heldout"],
+               subject="answers" if isinstance(recipe.likelihood, MaskedELBO) else "pictures",
                metrics=output_dir / "metrics.jsonl", config=as_tree(recipe), files=tuple(files),
                command=f"diffalign train {shlex.quote(str(output_dir / 'config.resolved.yaml'))}")
 

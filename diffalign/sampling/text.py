@@ -1,9 +1,10 @@
-"""Answers from a masked diffusion language model: LLaDA's sampler with low-confidence remasking."""
+"""Answers from a masked diffusion language model, by LLaDA's sampler."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,14 +20,17 @@ class TextSampler:
     remain over the steps that remain. block: tokens that are settled before the next ones to their right (semi-autoregressive
     remasking); null is the whole answer at once. temperature: of the tokens; 0 takes the likeliest.
 
-    At each step every masked token is drawn, and those that the model is surest of (its probability, without temperature) stay
-    (LLaDA, arXiv 2502.09992; its released generate.py, without guidance).
+    At each step every masked token is drawn, and some stay (LLaDA, arXiv 2502.09992; its released generate.py, without
+    guidance). remasking: "low_confidence" keeps those that the model is surest of (its probability, without temperature):
+    that seeks out the likely answers whatever the temperature. "random" keeps any: at temperature 1 and a token a step these
+    are samples of the model, over random orders.
     """
 
     length: int = 128
     steps: int = 128
     block: int | None = None
     temperature: float = 0.0
+    remasking: Literal["low_confidence", "random"] = "low_confidence"
 
     def __post_init__(self):
         blocks = self.length // (self.block or self.length)
@@ -61,7 +65,7 @@ class TextSampler:
             logits = ctx.predict(name, x.to(device), share.to(device), cond).double().cpu()
             token = self._drawn(logits, ctx.seed, keys, number, masked)
             sure = torch.full(x.shape, -1.0, dtype=torch.float64)
-            sure[masked] = logits.softmax(1).gather(1, token[:, None])[:, 0]
+            sure[masked] = self._confidence(logits, token, ctx.seed, keys, number, masked)
             filled = x.masked_scatter(masked, token)
             left = steps - number % steps
             for row in range(len(x)):
@@ -69,6 +73,13 @@ class TextSampler:
                 best = sure[row].masked_fill(~inside[row], -1).topk(-(-waiting // left)).indices
                 x[row, best] = filled[row, best]
         return [row[start:start + self.length].tolist() for row, start in zip(x, starts.tolist(), strict=True)]
+
+    def _confidence(self, logits: Tensor, token: Tensor, seed: int, keys: Tensor, step: int, masked: Tensor) -> Tensor:
+        """[M] in [0, 1]: the largest stay."""
+        if self.remasking == "low_confidence":
+            return logits.softmax(1).gather(1, token[:, None])[:, 0]
+        return torch.cat([torch.from_numpy(rng.generator(seed, "remasking", *key, step).random(n))
+                          for n, key in zip(masked.sum(1).tolist(), keys.tolist(), strict=True)])
 
     def _drawn(self, logits: Tensor, seed: int, keys: Tensor, step: int, masked: Tensor) -> Tensor:
         """[M] tokens. The Gumbel noise is in double precision: in single it cuts off the tails (arXiv 2409.02908)."""

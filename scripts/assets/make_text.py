@@ -123,8 +123,8 @@ def train(denoiser: LLaDA, data: Offline, steps: int, rate: float, seed: int) ->
 
 
 def answers(denoiser: LLaDA, tokens: Tokens, prompts: Sequence[str], seed: int, samples: int = 1) -> list[list[str]]:
-    """Samples at temperature 1, one token a step."""
-    sampler, found = TextSampler(length=LENGTH, steps=LENGTH, temperature=1.0), []
+    """Samples of the model's own distribution, one token a step."""
+    sampler, found = TextSampler(length=LENGTH, steps=LENGTH, temperature=1.0, remasking="random"), []
     for start in range(0, len(prompts), 64):
         part = range(start, min(start + 64, len(prompts)))
         keys = torch.tensor([[i, s] for i in part for s in range(samples)])
@@ -145,28 +145,36 @@ def preferences(denoiser: LLaDA, tokens: Tokens, pool: list[tuple[str, Scene]], 
     return rows
 
 
+def make_base(args: argparse.Namespace) -> None:
+    start, sentences = args.work / "start", args.work / "base.jsonl"
+    new_folder(start, make_tokenizer(), SIZES, mask=MASK, end=END, seed=args.seed)
+    spec = ModelSpec(pretrained_model_name_or_path=str(start), lora=None)
+    denoiser = load_denoiser(spec)
+    write_rows(sentences, noisy_rows(30_000, args.wrong, args.seed))
+    texts = read_texts(DataSpec(path=str(sentences)), load_tokens(spec))
+    print(f"{sum(p.numel() for p in denoiser.module.parameters()):,} parameters, {len(texts):,} sentences")
+    train(denoiser, Offline(texts, seed=args.seed, train_batch_size=64), args.steps, 3e-3, args.seed)
+    denoiser.module.save_pretrained(args.model)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("assets/tiny-text"))
+    parser.add_argument("--model", type=Path, default=Path("assets/tiny-text"), help="a model that is there is kept")
     parser.add_argument("--data", type=Path, default=Path("assets/text"))
     parser.add_argument("--work", type=Path, default=Path("outputs/tiny-text"))
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--wrong", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    new_folder(args.work / "start", make_tokenizer(), SIZES, mask=MASK, end=END, seed=args.seed)
-    spec = ModelSpec(pretrained_model_name_or_path=str(args.work / "start"), lora=None)
+    if not (args.model / "model.safetensors").is_file():
+        make_base(args)
+    spec = ModelSpec(pretrained_model_name_or_path=str(args.model), lora=None)
     denoiser, tokens = load_denoiser(spec), load_tokens(spec)
-    write_rows(args.work / "base.jsonl", noisy_rows(30_000, args.wrong, args.seed))
-    texts = read_texts(DataSpec(path=str(args.work / "base.jsonl")), tokens)
-    print(f"{sum(p.numel() for p in denoiser.module.parameters()):,} parameters, {len(texts):,} sentences")
-    train(denoiser, Offline(texts, seed=args.seed, train_batch_size=64), args.steps, 3e-3, args.seed)
-    denoiser.module.save_pretrained(args.model)
     held_out = drawn(tasks(held_out=True), 400, args.seed, "heldout")
     write_rows(args.data / "heldout.jsonl", [{"prompt": prompt, "answer": caption(answer)} for prompt, answer in held_out])
     found = answers(denoiser, tokens, [prompt for prompt, _ in held_out], args.seed)
     right = sum(texts[0] == caption(answer) for texts, (_, answer) in zip(found, held_out, strict=True))
-    print(f"base, held-out prompts, temperature 1: {right} of {len(held_out)} right")
+    print(f"base, held-out prompts: {right} of {len(held_out)} right")
     pairs = preferences(denoiser, tokens, drawn(tasks(held_out=False), 2400, args.seed, "train"), args.seed + 1)
     write_rows(args.data / "train.jsonl", pairs[:1200])
     others = [task for task in tasks(held_out=True) if task not in set(held_out)]

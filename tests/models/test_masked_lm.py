@@ -179,8 +179,8 @@ def test_tokens(folder):
     ({"model_type": "llama"}, "model_type is 'llama'"), ({"block_type": "sequential"}, "block_type"),
     ({"weight_tying": True}, "weight_tying"), ({"alibi": True}, "alibi"), ({"d_model": "16"}, "d_model"),
     ({"n_heads": 3}, "no multiple of n_heads"), ({"n_layers": 3}, "lacks 9 weights"), ({"n_layers": 1}, "unknown 9 weights"),
-    ({"mlp_hidden_size": 32}, "cannot be loaded"), ({"mask_token_id": 400}, "no mask token"), ({"mask_token_id": 1}, "must differ"),
-    ({"max_sequence_length": 0}, "max_sequence_length")])
+    ({"mlp_hidden_size": 32}, "cannot be loaded"), ({"mask_token_id": 400}, "no mask token"),
+    ({"mask_token_id": 1}, "must differ"), ({"max_sequence_length": 0}, "max_sequence_length")])
 def test_a_wrong_config_is_one_line(folder, changes, words):
     edit(folder, **changes)
     with pytest.raises(ModelError, match=words) as error:
