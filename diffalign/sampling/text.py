@@ -33,9 +33,11 @@ class TextSampler:
     remasking: Literal["low_confidence", "random"] = "low_confidence"
 
     def __post_init__(self):
-        blocks = self.length // (self.block or self.length)
-        if self.length < 1 or self.block is not None and (self.block < 1 or self.length % self.block):
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, got {self.length}")
+        if self.block is not None and (self.block < 1 or self.length % self.block):
             raise ValueError(f"block must divide length ({self.length}), got {self.block}")
+        blocks = self.length // (self.block or self.length)
         if self.steps % blocks or not blocks <= self.steps <= self.length:
             raise ValueError(f"steps must be a multiple of the {blocks} blocks and at most length ({self.length}), got "
                              f"{self.steps}")
