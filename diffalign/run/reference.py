@@ -136,7 +136,7 @@ def _block(step: int, groups: int) -> int:
 
 def _measure(steps: list[int], recipe: Recipe, stored: data.Offline, folder: Path, accelerator) -> None:
     """steps: rising. A file is a run of consecutive steps of one block."""
-    context = parts.context(recipe, _Base(parts.denoiser_of(recipe, accelerator)), accelerator)
+    context = parts.context(recipe, _Base(parts.base_of(recipe, accelerator)), accelerator)
     groups, keys, errors = stored.order.groups_per_step, [], []
     visible = tqdm(steps, desc="reference", unit=" steps", disable=not accelerator.is_main_process)
     for step, following in zip(visible, [*steps[1:], None]):
