@@ -598,6 +598,7 @@ def _cross_check(recipe: Recipe) -> None:
     check_layout(recipe, recipe.data.layout)
     _check_paths(recipe)
     _check_latent_reward(recipe)
+    _check_text(recipe)
     objective, title, reference = recipe.objective, objectives.title_of(recipe.objective), recipe.reference
     weighting = getattr(recipe.likelihood, "weighting", likelihood.Simple())
     if not objectives.reads_weighting(objective) and not isinstance(weighting, likelihood.Simple):
@@ -631,6 +632,35 @@ def _check_latent_reward(recipe: Recipe) -> None:
         raise ConfigError("source.kind: likelihood.kind=latent_reward learns from stored pairs; leave it at stored")
     if recipe.evaluate is not None:
         raise ConfigError("evaluate: a latent reward draws no pictures; set it to null (train.json has its held-out accuracy)")
+
+
+# options that say something of pictures or of diffusers pipelines, with the values that say nothing
+_OF_PICTURES = {"data": ("image_root", "resolution", "aspect_ratio_buckets", "random_flip", "caption_dropout", "cache_dir"),
+                "model": ("variant", "pretrained_vae_model_name_or_path", "fuse_lora", "distilled"),
+                "train": ("enable_xformers_memory_efficient_attention",)}
+_OF_TEXT = ("chat_template", "max_tokens")
+
+
+def _check_text(recipe: Recipe) -> None:
+    """A masked language model reads stored text; nothing of it is a picture."""
+    if not isinstance(recipe.likelihood, likelihood.MaskedELBO):
+        for name in _OF_TEXT:
+            if getattr(recipe.data, name) != getattr(DataSpec, name):
+                raise ConfigError(f"data.{name}: is of text, which likelihood.kind=masked reads; leave it out")
+        return
+    for section, names in _OF_PICTURES.items():
+        part = getattr(recipe, section)
+        name = next((name for name in names if getattr(part, name) != getattr(type(part), name)), None)
+        if name is not None:
+            raise ConfigError(f"{section}.{name}: is of pictures, and likelihood.kind=masked trains on text; leave it out")
+    if not isinstance(recipe.source, Stored):
+        raise ConfigError("source.kind: likelihood.kind=masked reads stored answers; leave it at stored")
+    for name in ("evaluate", "monitor"):
+        if getattr(recipe, name) is not None:
+            raise ConfigError(f"{name}: draws pictures, and likelihood.kind=masked trains on text; set it to null "
+                              "(train.json has the held-out accuracy)")
+    if getattr(recipe.reference, "gate", None) is not None:
+        raise ConfigError("reference.gate: is measured on denoising errors, which text has none of; set it to null")
 
 
 def _check_paths(recipe: Recipe) -> None:
