@@ -24,7 +24,7 @@ def passes_per_group(recipe, candidates: int) -> int:
     if isinstance(estimator, Transitions):
         draws, inversion = len(source.sampler.times()) - 1, 0  # the last step has no density
     else:
-        draws, inversion = estimator.draws, estimator.noise.forwards
+        draws, inversion = estimator.draws, getattr(getattr(estimator, "noise", None), "forwards", 0)  # text has no noise
     forwards = 1 + BACKWARD + len({*method.reads} - {"policy"}) + inversion
     sampling = source.drawn * source.sampler.forwards if source.drawn else 0
     return (source.k or candidates) * draws * forwards + sampling

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..models.load import loading
 from .preprocess import Preprocess
 from .step_aware import TimeConditioning
 from .towers import ClipSource, clip_tokenizer
-from .weights import loading
 
 
 class Backbone(nn.Module):

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
+from ..models.folder import read_json
+from ..models.load import loading
 from .average import CONFIG, WEIGHTS, save_weights
 from .backbone import Backbone, check_backbone, load_backbone
 from .heads import BradleyTerry, Head
@@ -25,7 +27,7 @@ from .pal import PalAngle, PalDistance, fit_user
 from .preprocess import score_batches
 from .step_aware import TimeConditioning
 from .towers import ClipSource, distinct_features
-from .weights import loading, on_device, read_json, sha256, shapes, tensors
+from .weights import on_device, sha256, shapes, tensors
 
 FORMAT = 1
 HEADS: dict[str, type] = {"bradley_terry": BradleyTerry, "pal_angle": PalAngle, "pal_distance": PalDistance}
@@ -261,7 +263,7 @@ def read_facts(folder: Path) -> dict:
     """config.json of a trained reward. Raises ModelError for anything else."""
     if not folder.is_dir():
         raise ModelError(f"path: there is no folder {folder}; diffalign train-reward writes one")
-    facts = read_json(folder / CONFIG)
+    facts = read_json(folder / CONFIG, str(folder))
     if facts.get("format") != FORMAT:
         raise ModelError(f"{folder}: config.json is of format {facts.get('format')!r}, this version reads {FORMAT}")
     kinds = {"backbone": str, "backbone_sha256": str, "head": dict, "users": list}

@@ -16,7 +16,7 @@ RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*BUILDS, *REWARDS})
 
 def test_the_promised_recipes_are_there():
     names = {str(path.relative_to(ROOT / "configs")) for path in RECIPES}
-    assert {"quickstart.yaml", "sd35/dpo_lora.yaml"} <= names
+    assert {"quickstart.yaml", "sd35/dpo_lora.yaml", "text/tiny_vrpo.yaml", "text/llada_vrpo.yaml"} <= names
     sd15 = ("dpo", "dpo_lora", "mapo", "timestep_aware", "smpo", "inpo", "kto", "seppo", "lrm", "lpo", "spo")
     sdxl = ("dpo", "dpo_lora", "mapo", "mapo_aaai", "mapo_style", "mapo_safety", "timestep_aware", "smpo", "inpo", "rankdpo",
             "lrm", "lpo", "spo")
@@ -26,7 +26,8 @@ def test_the_promised_recipes_are_there():
 @pytest.mark.parametrize("name, processes, pairs", [
     ("sd15/smpo", 8, 1024), ("sdxl/smpo", 8, 1024), ("sd15/inpo", 8, 1024), ("sdxl/inpo", 8, 1024), ("sdxl/rankdpo", 8, 1024),
     ("sd15/seppo", 8, 2048), ("sd15/kto", 4, 4), ("sdxl/mapo_aaai", 8, 2048), ("sdxl/mapo_style", 4, 128),
-    ("sdxl/mapo_safety", 4, 128), ("sd15/timestep_aware", 16, 2048), ("sdxl/timestep_aware", 16, 2048)])
+    ("sdxl/mapo_safety", 4, 128), ("sd15/timestep_aware", 16, 2048), ("sdxl/timestep_aware", 16, 2048),
+    ("text/llada_vrpo", 8, 64)])
 def test_the_command_gives_the_published_batch(name, processes, pairs):
     path = ROOT / "configs" / f"{name}.yaml"
     assert f"--num_processes {processes} " in path.read_text().splitlines()[0]
