@@ -1,6 +1,6 @@
 """What a pass costs, counted instead of timed: floating-point operations and the bytes kept for the backward pass.
 
-Nothing is computed: the denoiser lies on the meta device (``published.on_meta``), so that full-size models are counted anywhere.
+Nothing is computed: the denoiser lies on the meta device (``published.on_meta``), so full-size models are counted anywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TOKENS = 77  # of a CLIP prompt
 
 def inputs(denoiser: Denoiser, rows: int, height: int, width: int, *, device: str = "meta",
            tokens: int = TOKENS) -> tuple[Tensor, Tensor, Cond]:
-    """xt [N, C, height, width] (latent numbers, not pixels), t [N] and cond of N rows in the shapes that this denoiser takes."""
+    """xt [N, C, height, width] (latent numbers, not pixels), t [N] and cond of N rows, in the shapes of this denoiser."""
     config = unwrap(denoiser.module).config
     width_of = {"sd": lambda: (config.cross_attention_dim, None),
                 "sdxl": lambda: (config.cross_attention_dim,
