@@ -118,14 +118,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _sturdy_output():
         try:
             _quiet_libraries()
-            from . import config, run  # here, so that --help needs no torch
+            from . import config, run, world  # here, so that --help needs no torch
             for file in args.rewards_from:
                 config.rewards_from(file)
             command = _COMMANDS[args.command]
             given = [getattr(args, metavar.lower()) for metavar, _ in command.positionals]
             switches = {switch: getattr(args, switch) for switch, _ in command.switches}
             spec = getattr(config, command.load)(*given, args.overrides)
-            getattr(run, args.command.replace("-", "_"))(spec, printer=print, **switches)
+            with world.left_in_order():
+                getattr(run, args.command.replace("-", "_"))(spec, printer=print, **switches)
             return 0
         except UserError as error:
             if args.debug:

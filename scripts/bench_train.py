@@ -209,7 +209,8 @@ def pictures(path: str) -> Iterator:
 def ours(recipe, turns: Turns) -> None:
     """``diffalign train`` without its reports; with the reference's errors where they were measured."""
     from diffalign.run import parts, reference
-    from diffalign.train import Single, fit, make_accelerator
+    from diffalign.train import fit, make_accelerator
+    from diffalign.world import Single
 
     accelerator, clock = make_accelerator(recipe.train, Path(recipe.output_dir)), turns.clock
     cache, _ = parts.caches(recipe, accelerator, lambda line: None)
@@ -237,10 +238,11 @@ def encode(recipe, turns: Turns) -> None:
     from diffalign.models import load_encoders
     from diffalign.models.load import encoder_facts
     from diffalign.run import parts, reference
-    from diffalign.train import Single, make_accelerator
+    from diffalign.train import make_accelerator
+    from diffalign.world import Single
 
     accelerator, spec = make_accelerator(recipe.train, Path(recipe.output_dir)), recipe.train
-    encoders, context = load_encoders(recipe.model, accelerator.device), reference.base_of(recipe, accelerator)
+    encoders, context = load_encoders(recipe.model, accelerator.device), reference.base_passes(recipe, accelerator)
     few = replace(recipe.data, max_train_samples=turns.steps * spec.train_batch_size)
     resolution = few.resolution or encoder_facts(recipe.model).default_resolution
     for number in itertools.count():

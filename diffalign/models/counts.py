@@ -18,7 +18,7 @@ TOKENS = 77  # of a CLIP prompt
 
 def inputs(denoiser: Denoiser, rows: int, height: int, width: int, *, device: str = "meta",
            tokens: int = TOKENS) -> tuple[Tensor, Tensor, Cond]:
-    """xt [N, C, height, width] (latent numbers, not pixels), t [N] and cond of N rows, in the shapes of this denoiser."""
+    """xt [N, C, height, width] (latent numbers, not pixels), t [N] and cond of N rows in this denoiser's shapes."""
     config = unwrap(denoiser.module).config
     width_of = {"sd": lambda: (config.cross_attention_dim, None),
                 "sdxl": lambda: (config.cross_attention_dim,

@@ -142,9 +142,9 @@ def save_lora(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str], 
     files = [folder / f"{STEM}.safetensors", folder / f"{stem}_comfy.safetensors"]
     state = lora_state(denoiser)
     said = {**metadata, "format": "pt", "rank": str(rank)}
-    _write(files[0], _diffusers_layout(denoiser, state, alpha / rank),
+    write_tensors(files[0], _diffusers_layout(denoiser, state, alpha / rank),
            said | {"alpha": str(rank), "trained_alpha": f"{alpha:g}"})
-    _write(files[1], kohya_layout(denoiser, state, alpha),
+    write_tensors(files[1], kohya_layout(denoiser, state, alpha),
            _kohya_metadata(denoiser, rank, alpha) | said | {"alpha": f"{alpha:g}"})
     return files
 
@@ -175,7 +175,8 @@ def _kohya_metadata(denoiser: Denoiser, rank: int, alpha: float) -> dict[str, st
                      "modelspec.sai_model_spec": "1.0.0"}
 
 
-def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, written aside, then renamed."""
     from safetensors.torch import save_file
 
     aside = file.with_name(f".{file.name}.partial")

@@ -149,8 +149,10 @@ class WeightBank:
                 own[name].copy_(tensor)
 
     def save(self, folder: Path | str, metadata: dict[str, str], *, stem: str = lora_files.STEM) -> None:
-        """Files people can use: the two LoRA files, or ``unet/`` (``transformer/``) for a full fine-tune."""
-        if self._adapters:
+        """Files people can use: the LoRA's, or ``unet/`` (``transformer/``, ``model/``) for a full fine-tune."""
+        if self._adapters and hasattr(self.denoiser, "save_lora"):  # of a language model, which diffusers does not load
+            self.denoiser.save_lora(folder, metadata)
+        elif self._adapters:
             lora_files.save_lora(self.denoiser, folder, metadata, stem=stem)
         else:
             self._bare.save_pretrained(Path(folder) / self.denoiser.component, safe_serialization=True)

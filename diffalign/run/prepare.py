@@ -23,6 +23,7 @@ def encode(recipe: Recipe, printer: Printer = silent, reference: bool = False) -
     """Build the cache of latents and text embeddings; several processes share the work. reference: then the frozen
     reference's errors too. Raises UserError children.
     """
+    _no_text(recipe, "encode", "text needs no cache: it is tokenised when a run starts")
     problem = reference_errors.unfit(recipe) if reference else None
     if problem:
         raise ConfigError(problem)
@@ -37,6 +38,7 @@ def check(recipe: Recipe, printer: Printer = silent) -> dict:
     """Counts, ties, duplicates, balance, leakage, sizes, derived numbers, and where ``check.reward`` says so agreement with a
     reward: check.json, check.html with pairs to look at, check.png. Without that reward it loads no weights.
     """
+    _no_text(recipe, "check", "it looks at pictures; `diffalign train` names the bad rows of text before it loads the model")
     facts, output_dir = encoder_facts(recipe.model), Path(recipe.output_dir)
     parts.check_before(recipe)
     if recipe.check.reward is not None:
@@ -65,6 +67,11 @@ def check(recipe: Recipe, printer: Printer = silent) -> dict:
     write(output_dir / "check.html", page(recipe.data.path, found, labels.examples.kinds()).encode())
     printer(f"pairs to look at: {output_dir / 'check.html'}")
     return found
+
+
+def _no_text(recipe: Recipe, command: str, why: str) -> None:
+    if parts.is_text(recipe):
+        raise ConfigError(f"likelihood.kind: `diffalign {command}` is not for masked text ({why})")
 
 
 def _brief(value) -> str:

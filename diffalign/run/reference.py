@@ -26,10 +26,9 @@ from ..models.base import Denoiser
 from ..models.load import model_identity
 from ..objectives import title_of
 from ..process import CURRENT
-from ..train import Single, world_of
 from ..train.feed import to_device
-from ..train.world import raise_together
 from ..types import Batch
+from ..world import Single, raise_together, world_of
 from . import parts
 
 VERSION = 1  # of everything that decides a number and is not in the identity: order, keys, noising, the error itself
@@ -137,7 +136,7 @@ def _block(step: int, groups: int) -> int:
 
 def _measure(steps: list[int], recipe: Recipe, stored: data.Offline, folder: Path, accelerator) -> None:
     """steps: rising. A file is a run of consecutive steps of one block."""
-    context = base_of(recipe, accelerator)
+    context = base_passes(recipe, accelerator)
     groups, keys, errors = stored.order.groups_per_step, [], []
     visible = tqdm(steps, desc="reference", unit=" steps", disable=not accelerator.is_main_process)
     for step, following in zip(visible, [*steps[1:], None]):
@@ -150,9 +149,9 @@ def _measure(steps: list[int], recipe: Recipe, stored: data.Offline, folder: Pat
             keys, errors = [], []
 
 
-def base_of(recipe: Recipe, accelerator) -> Context:
+def base_passes(recipe: Recipe, accelerator) -> Context:
     """Passes of the model that training starts from, in the recipe's precision."""
-    return parts.context(recipe, _Base(parts.denoiser_of(recipe, accelerator)), accelerator)
+    return parts.context(recipe, _Base(parts.base_of(recipe, accelerator)), accelerator)
 
 
 @dataclass(frozen=True)

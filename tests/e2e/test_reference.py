@@ -17,7 +17,8 @@ from diffalign.config import load_recipe
 from diffalign.data.reference import ReferenceErrors
 from diffalign.models.weights import WeightBank
 from diffalign.run import parts, reference
-from diffalign.train import Single, make_accelerator
+from diffalign.train import make_accelerator
+from diffalign.world import Single
 
 EVERYTHING = ("likelihood={draws: 2, sequence: {kind: stratified, strata: 8}}", "data.caption_dropout=0.5",
               "data.random_flip=true", "data.ties=soft")
