@@ -79,7 +79,8 @@ class Batch(_Movable):
     (1, 0) for a plain pair, equal values for a tie. valid: [B, K] bool. key: [B, 2] int64 (row id, visit), the identity that
     seeds all noise. soft: [B] float32 or None, the probability that the best candidate is truly preferred (soft labels).
     place: [B] int64 or None, the group's number in the run (step * groups a step + its place in the step), the same however a
-    step is cut up. steps: the sampler's steps that step densities are taken of, or None.
+    step is cut up. steps: the sampler's steps that step densities are taken of, or None. reference_error: [B, K, draws]
+    float32 or None, mean squared errors of a frozen reference that were measured beforehand; its pass is then not run.
     """
 
     x0: Tensor
@@ -90,6 +91,7 @@ class Batch(_Movable):
     soft: Tensor | None = None
     place: Tensor | None = None
     steps: Steps | None = None
+    reference_error: Tensor | None = None
 
     @property
     def groups(self) -> int:

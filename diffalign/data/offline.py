@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from .. import rng
 from ..types import Batch, Cond
 from .cache import Cache, Group
 from .order import Order, Place
+from .reference import ReferenceErrors
 from .text import Texts
 
 
@@ -20,7 +22,8 @@ class Offline:
 
     k: candidates per group (smaller groups are padded with ``valid=False``). groups: groups in the data set. elements:
     latent numbers per candidate (of the fullest bucket), or tokens of a mean answer. soft: whether batches carry soft labels.
-    A step takes train_batch_size * gradient_accumulation_steps * world groups.
+    A step takes train_batch_size * gradient_accumulation_steps * world groups. reference: the frozen reference's errors of the
+    whole run, measured beforehand, which the batches then bring; may be set until the first step is taken.
     """
 
     def __init__(self, cache: Cache | Texts, *, seed: int, train_batch_size: int, gradient_accumulation_steps: int = 1,
@@ -32,6 +35,7 @@ class Offline:
         self.order = Order([len(members) for members in cache.members], seed=seed,
                            groups_per_step=train_batch_size * gradient_accumulation_steps * world)
         self._assemble = cache if isinstance(cache, Texts) else _Assembler(cache, seed, caption_dropout, random_flip)
+        self.reference: ReferenceErrors | None = None
         self.identity, self.k, self.soft, self.groups = cache.identity, cache.k, cache.soft, len(cache)
         self.elements = cache.elements
         self._ahead: tuple[int, Future] | None = None
@@ -68,7 +72,10 @@ class Offline:
         return [self._batch(micro) for micro in place.micro_batches(self.micro_batches)]
 
     def _batch(self, place: Place) -> Batch:
-        return self._assemble(self.cache.members[place.bucket][place.rows], place.visits, place.places)
+        batch = self._assemble(self.cache.members[place.bucket][place.rows], place.visits, place.places)
+        if self.reference is None:
+            return batch
+        return replace(batch, reference_error=self.reference.read(place.places, batch.key))
 
 
 class _FixedBatches(Sequence):

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from .. import rng
 from ..errors import ConfigError, DataError
 from ..rewards.base import Reward, identity
+from ..world import Single, World
 from .alarm import Alarm
-from .shards import Alone, World
 from .sides import Draw, Place, Side, alarm_of, as_draw, draw_and_keep, picture_seeds, sampling
 from .spec import ALIGNED, EvaluateSpec
 from .statistics import ERROR, Paired, Sweep, holm, outcomes, paired, sweep
@@ -173,7 +173,7 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
     number of prompts nor of models. Raises ConfigError where the judge can score no picture of the main model, DataError for
     an empty list of prompts.
     """
-    prompts, world = list(prompts), world or Alone()
+    prompts, world = list(prompts), world or Single()
     if not prompts:
         raise DataError("evaluate.prompts: no prompt to compare on")
     spec = spec if spec.seed is not None else replace(spec, seed=run_seed)

@@ -5,30 +5,10 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-
-class World(Protocol):
-    """rank: 0 .. size-1. ``gather`` is collective: all ranks call it, in the same order, and get every rank's text."""
-
-    rank: int
-    size: int
-
-    def gather(self, text: str) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class Alone:
-    """One process."""
-
-    rank: int = 0
-    size: int = 1
-
-    def gather(self, text: str) -> list[str]:
-        return [text]
+from ..world import World
 
 
 def blocks(count: int, step: int, world: World) -> list[slice]:

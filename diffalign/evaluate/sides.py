@@ -20,11 +20,12 @@ from ..methods.base import Context
 from ..rewards.base import Reward, judged
 from ..sampling.generate import generate, picture_seed
 from ..types import Batch, Memory
+from ..world import Single, World
 from .alarm import Alarm, alarm
 from .files import write
 from .looks import LOOKS, looks, spread
 from .preference import Margins, measure
-from .shards import Alone, World, blocks, exchange
+from .shards import blocks, exchange
 from .spec import EvaluateSpec
 from .statistics import Paired, bootstrap, paired
 
@@ -94,7 +95,7 @@ def draw_and_keep(model, prompts: Sequence[str], judge: Reward | None, spec: Eva
     """
     if spec.seed is None:
         raise ValueError("evaluate.seed is null: sides that are drawn apart need a seed in common")
-    draw, seeds, world = as_draw(model, spec), picture_seeds(prompts, spec.seeds, spec.seed), world or Alone()
+    draw, seeds, world = as_draw(model, spec), picture_seeds(prompts, spec.seeds, spec.seed), world or Single()
     rewards, found = dict(rewards or {}), {}
     for rows in blocks(len(prompts), max(1, spec.batch_size // spec.seeds), world):
         texts = [prompt for prompt in prompts[rows] for _ in range(spec.seeds)]

@@ -49,6 +49,8 @@ def attach(denoiser: Denoiser, lora: LoRA, *, seed: int) -> None:
                               f"the family's default is {list(denoiser.lora_targets)}") from error
     for parameter in trained(module).values():
         parameter.data = parameter.data.float()
+    for layer in adapter_layers(module):  # peft would cast inputs to float32 and autocast back: copies for every layer
+        layer.cast_input_dtype_enabled = False
 
 
 def _check_targets(denoiser: Denoiser, targets: list[str]) -> None:

@@ -20,9 +20,10 @@ from ..evaluate.files import write
 from ..evaluate.report import Run, write_gallery, write_grids, write_report
 from ..models.load import model_identity
 from ..rewards import Reward
-from ..train import make_accelerator, world_of
+from ..train import make_accelerator
 from ..train.checkpoint import check_writable
 from ..train.spec import TrainSpec
+from ..world import world_of
 from . import parts
 from .entrants import Entrants
 from .words import SUMMARY, Printer, run_of, silent

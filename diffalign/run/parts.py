@@ -28,8 +28,8 @@ from ..objectives.sft import winners
 from ..rewards import Reward, columns_of, judged
 from ..rewards import check as check_reward
 from ..sampling.scheduler import make_scheduler
-from ..train import world_of
 from ..types import Memory
+from ..world import world_of
 
 PROBE = 64  # winners that a gated reference is measured on
 FEW = 8  # timesteps of a schedule that only a distilled model can draw with
@@ -65,7 +65,8 @@ def check_before(recipe: Recipe) -> None:
     check_evaluate(recipe)
     check_monitor(recipe)
     judge = getattr(recipe.source, "judge", None)
-    check_judge("source.judge.reward" if judge else "source.reward", getattr(judge or recipe.source, "reward", None))
+    check_judge("source.judge.reward" if judge else "source.reward", getattr(judge or recipe.source, "reward", None),
+                given=("t",) if judge else ())
     if hasattr(judge, "check_for"):
         judge.check_for(recipe.model)
 
@@ -87,13 +88,14 @@ def _check_distilled(recipe: Recipe) -> None:
                           "LoRA in model.fuse_lora, or set model.distilled=true")
 
 
-def check_judge(option: str, reward: Reward | None) -> None:
-    """A reward for pictures that are drawn from prompts alone. Raises UserError children."""
+def check_judge(option: str, reward: Reward | None, given: tuple[str, ...] = ()) -> None:
+    """A reward for pictures that are drawn from prompts alone, with the columns ``given``. Raises UserError children."""
     if reward is None:
         return
     check_reward(reward)
-    if columns_of(reward):
-        raise ConfigError(f'{option}: reads a column "{columns_of(reward)[0]}" beside picture and prompt, which prompts alone '
+    missing = [name for name in columns_of(reward) if name not in given]
+    if missing:
+        raise ConfigError(f'{option}: reads a column "{missing[0]}" beside picture and prompt, which prompts alone '
                           "do not have; choose another reward")
 
 
@@ -150,7 +152,7 @@ def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
         return loaded[0]
 
     for part in ("train", "validation") if data.has_validation(spec) else ("train",):
-        report = data.encode(spec, encoders, cache_dir=_cache_dir(recipe), resolution=resolution, seed=recipe.seed, part=part,
+        report = data.encode(spec, encoders, cache_dir=cache_dir(recipe), resolution=resolution, seed=recipe.seed, part=part,
                              facts=facts, rank=world.rank, world=world.size, barrier=world.barrier,
                              progress=accelerator.is_main_process)
         say(report.summary())
@@ -177,7 +179,7 @@ def _texts(recipe: Recipe, say: Callable[[str], None]):
     return (*found, None)[:2]
 
 
-def _cache_dir(recipe: Recipe) -> Path:
+def cache_dir(recipe: Recipe) -> Path:
     return Path(recipe.data.cache_dir) if recipe.data.cache_dir else Path(recipe.output_dir).parent / "cache"
 
 
@@ -190,17 +192,28 @@ def _reads(recipe: Recipe, method: Preference) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*method.reads, *filter(None, (getattr(recipe.source, "weights", None),)))))
 
 
-def bank_of(recipe: Recipe, method: Preference, accelerator, cache) -> WeightBank:
-    """The denoiser with its weight sets. The frozen base of a LoRA is kept in the precision it is computed in."""
+def precision_of(recipe: Recipe) -> tuple[torch.dtype, torch.dtype]:
+    """What the denoiser is computed in, and what its base is stored in: a LoRA's frozen base in what it is computed in."""
     forward = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.mixed_precision, torch.float32)
-    dtype = torch.float32 if recipe.model.lora is None else forward
-    denoiser = denoiser_of(recipe, dtype=dtype, device=accelerator.device)
+    return forward, torch.float32 if recipe.model.lora is None else forward
+
+
+def base_of(recipe: Recipe, accelerator) -> Denoiser:
+    """The model that training starts from, as it computes."""
+    denoiser = denoiser_of(recipe, dtype=precision_of(recipe)[1], device=accelerator.device)
     _attention(denoiser, recipe)
+    return denoiser
+
+
+def bank_of(recipe: Recipe, method: Preference, accelerator, cache, measured: bool = False) -> WeightBank:
+    """The denoiser with its weight sets. measured: nothing asks for the reference, whose errors come with the batches."""
+    forward, _ = precision_of(recipe)
+    denoiser = base_of(recipe, accelerator)
     if isinstance(recipe.likelihood, LatentScores):
         denoiser = from_denoiser(denoiser, recipe.model, guidance_scale=recipe.likelihood.guidance_scale, seed=recipe.seed,
                                  text_projection=recipe.likelihood.text_projection)
     bank = WeightBank.build(denoiser, recipe.model.lora, reads=_reads(recipe, method), seed=recipe.seed,
-                            forward_dtype=forward, rule=recipe.reference)
+                            forward_dtype=forward, rule=recipe.reference, measured=measured)
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(denoiser)
     if getattr(recipe.reference, "gate", None) is not None:

@@ -15,15 +15,23 @@ from ..rewards import check as check_reward
 from ..train import make_accelerator
 from ..train.checkpoint import check_writable
 from . import parts
+from . import reference as reference_errors
 from .words import Printer, betas, silent
 
 
-def encode(recipe: Recipe, printer: Printer = silent) -> dict:
-    """Build the cache of latents and text embeddings; several processes share the work."""
+def encode(recipe: Recipe, printer: Printer = silent, reference: bool = False) -> dict:
+    """Build the cache of latents and text embeddings; several processes share the work. reference: then the frozen
+    reference's errors too. Raises UserError children.
+    """
     _no_text(recipe, "encode", "text needs no cache: it is tokenised when a run starts")
+    problem = reference_errors.unfit(recipe) if reference else None
+    if problem:
+        raise ConfigError(problem)
     accelerator = make_accelerator(recipe.train, Path(recipe.output_dir))
-    caches = parts.caches(recipe, accelerator, printer if accelerator.is_main_process else silent)
-    return {name: dict(cache.report) for name, cache in zip(("train", "validation"), caches) if cache is not None}
+    say = printer if accelerator.is_main_process else silent
+    caches = parts.caches(recipe, accelerator, say)
+    found = {name: dict(cache.report) for name, cache in zip(("train", "validation"), caches) if cache is not None}
+    return found | ({"reference": reference_errors.measure(recipe, caches[0], accelerator, say)} if reference else {})
 
 
 def check(recipe: Recipe, printer: Printer = silent) -> dict:

@@ -20,9 +20,10 @@ from ..methods import Preference
 from ..models.base import Denoiser
 from ..models.load import save_pipeline
 from ..models.weights import WeightBank
-from ..train import fit, make_accelerator, world_of
+from ..train import fit, make_accelerator
 from ..train.checkpoint import check_writable, disk_errors
-from . import parts
+from ..world import world_of
+from . import parts, reference
 from .monitor import Monitor
 from .words import PIPELINE, SUMMARY, Printer, derived, method_name, run_of, silent
 
@@ -41,7 +42,11 @@ def train(recipe: Recipe, printer: Printer = silent) -> dict:
     pairs, heldout = parts.caches(recipe, accelerator, say)
     encode_seconds = time.monotonic() - started
     stored, method = parts.stored_of(recipe, pairs, world_of(accelerator)), parts.method_of(recipe)
-    bank = parts.bank_of(recipe, method, accelerator, pairs)
+    stored.reference = reference.find(recipe, pairs, stored, accelerator.device, say)
+    # held-out pairs are measured against the reference too, at draws of their own
+    bank = parts.bank_of(recipe, method, accelerator, pairs, measured=stored.reference is not None and heldout is None)
+    if stored.reference is not None:
+        reference.check(stored.reference, recipe, stored, parts.context(recipe, bank, accelerator), accelerator.device)
     source = parts.source_of(recipe, stored, bank, accelerator)
     for line in derived(recipe, source, accelerator.num_processes):
         say(line)

@@ -7,7 +7,6 @@ from .launch import make_accelerator
 from .spec import TrainSpec
 from .state import Finding, RunState, Summary
 from .trainer import Bank, Monitor, fit
-from .world import Distributed, Single, World, world_of
 
-__all__ = ["Bank", "Distributed", "Finding", "Hook", "Monitor", "Preempted", "RunState", "Single", "Source", "Summary",
-           "TrainSpec", "TrainingError", "World", "fit", "make_accelerator", "world_of"]
+__all__ = ["Bank", "Finding", "Hook", "Monitor", "Preempted", "RunState", "Source", "Summary", "TrainSpec", "TrainingError",
+           "fit", "make_accelerator"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..errors import ResourceError, UserError
 from ..process import CURRENT
 from ..types import Batch, Loss
+from ..world import World
 
 SAMPLE = 65_536  # elements of a tensor that movement is measured on; every LoRA tensor is smaller
 AGREEMENT = 1e-3  # largest difference of two weight sets at the start, relative to the prediction's root mean square
@@ -174,6 +176,19 @@ def disagreement_error(apart: dict[str, float]) -> TrainingError | None:
                                  f"size: the {name} is not the model that training starts from, or dropout is on; the first "
                                  "loss would mean nothing")
     return None
+
+
+def check_same_weights(world: World, params: dict[str, Tensor]) -> None:
+    """Raise TrainingError on all ranks unless every rank holds the same bits. params: float32 tensors by name.
+
+    A sum of the bit patterns as integers: any single flipped bit changes it.
+    """
+    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params.values()]).tolist()
+    ranks = [json.loads(text) for text in world.gather(json.dumps(sums))]
+    for name, *values in zip(params, *ranks):
+        if len(set(values)) > 1:
+            raise TrainingError(f"the processes hold different weights in {name}: a fault of memory or network, or a "
+                                "forward that bypassed DDP; resume from the checkpoint before")
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..types import Loss
+from ..world import World
 from .state import Report
-from .world import World
 
 
 @dataclass(frozen=True)

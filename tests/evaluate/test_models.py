@@ -275,8 +275,9 @@ from datetime import timedelta
 import torch.distributed as dist
 from diffalign.evaluate.compare import compare
 from diffalign.evaluate.report import write_report, Run
-from diffalign.train import make_accelerator, world_of
+from diffalign.train import make_accelerator
 from diffalign.train.spec import TrainSpec
+from diffalign.world import world_of
 from tests.evaluate.test_models import MODELS, spec
 from tests.evaluate.scenes import prompts
 from diffalign.rewards.rules import Colourfulness

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from diffalign.errors import UserError
-from diffalign.train import TrainingError, world_of
+from diffalign.train import TrainingError
+from diffalign.train.guard import check_same_weights
 from diffalign.train.launch import make_accelerator
-from diffalign.train.world import check_same_weights, raise_together
+from diffalign.world import raise_together, world_of
 
 from . import toy
 
@@ -99,7 +100,8 @@ def scenarios(folder: Path, rank: int) -> dict:
     if rank == 1:
         bank.module.leave.weight.data.view(torch.int32)[0, 0, 0, 0] ^= 1  # the last bit of one weight
     found["flip"] = refusal(lambda: check_same_weights(world, bank.trainable()))
-    found["together"] = refusal(lambda: raise_together(world, TrainingError("mine") if rank == 1 else None))
+    found["together"] = refusal(lambda: raise_together(world, TrainingError("mine") if rank == 1 else None,
+                                                              TrainingError))
     return found
 
 

@@ -13,8 +13,8 @@ from diffalign.train.guard import Start
 from diffalign.train.hooks import Progress, Recent, Saturation, truncate_log
 from diffalign.train.state import RunState, Window, means
 from diffalign.train.tally import Tally
-from diffalign.train.world import Single
 from diffalign.types import Loss
+from diffalign.world import Single
 
 from . import toy
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .guard import TrainingError
+from .errors import UserError
 
 
 class World(Protocol):
@@ -80,7 +81,7 @@ def world_of(accelerator) -> World:
     return Distributed(accelerator.process_index, accelerator.num_processes, accelerator.device)
 
 
-def raise_together(world: World, error: Exception | None, kind: type[Exception] = TrainingError) -> None:
+def raise_together(world: World, error: Exception | None, kind: type[Exception] = UserError) -> None:
     """Every rank raises when one has an error: its own, or the first of the others as ``kind``."""
     messages = [text for text in world.gather("" if error is None else str(error) or repr(error)) if text]
     if error is not None:
@@ -89,14 +90,35 @@ def raise_together(world: World, error: Exception | None, kind: type[Exception] 
         raise kind(messages[0])
 
 
-def check_same_weights(world: World, params: dict[str, Tensor]) -> None:
-    """Raise TrainingError on all ranks unless every rank holds the same bits. params: float32 tensors by name.
+def together(world: World, action: Callable[[], str | None], kind: type[UserError] = UserError) -> list[str]:
+    """The texts of every rank's ``action``, by rank. Where one raises an error of ``kind``, all do; any other is a bug."""
+    text, error = None, None
+    try:
+        text = action()
+    except kind as failure:
+        error = failure
+    raise_together(world, error, kind)
+    return world.gather(text or "")
 
-    A sum of the bit patterns as integers: any single flipped bit changes it.
+
+def on_first(world: World, action: Callable[[], str | None], kind: type[UserError] = UserError) -> str:
+    """The text of ``action``, which rank 0 alone does, on all ranks; the others wait for it. Errors are as in ``together``."""
+    return together(world, action if world.rank == 0 else str, kind)[0]
+
+
+@contextmanager
+def left_in_order():
+    """Around a whole command: torch's process group, if there is one, ends while Python still runs.
+
+    A thread of gloo drops the tensors of a collective a moment after it has returned. Where Python is ending by then, that
+    thread is ended inside of a destructor, and C++ aborts the process ("terminate called without an active exception").
+    Destroying the group waits for the thread. NCCL has no such thread, but waits for the other ranks: not where one failed.
     """
-    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params.values()]).tolist()
-    ranks = [json.loads(text) for text in world.gather(json.dumps(sums))]
-    for name, *values in zip(params, *ranks):
-        if len(set(values)) > 1:
-            raise TrainingError(f"the processes hold different weights in {name}: a fault of memory or network, or a "
-                                "forward that bypassed DDP; resume from the checkpoint before")
+    try:
+        yield
+    except UserError:
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
