@@ -6,9 +6,9 @@
 | a ranking of K | a row for each two that differ |
 | one picture, liked or not | images [A]; prompt: does it fit; chosen "yes", rejected "no", or the other way round |
 
-Which picture is A is a keyed coin, so that the place says nothing. Ties are left out, as they are in our own training, and a soft
-label counts as certain: TRL's pairs know neither. Tables whose answers are texts (a report of a picture, preferred over another)
-are TRL's own already: ``images``, ``prompt``, ``chosen``, ``rejected``.
+Which picture is A is a keyed coin, so that the place says nothing. Ties are left out, as they are in our own training, and
+a soft label counts as certain: TRL's pairs know neither. Tables whose answers are texts (a report of a picture, preferred
+over another) are TRL's own already: ``images``, ``prompt``, ``chosen``, ``rejected``.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _asked(question: str, row: Row, pictures: list[dict], answers: tuple[str, st
 
 
 def from_trl(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The way back: rows of our layouts "pickapic" (jpg_0, jpg_1, label_0, caption) and "unpaired" (prompt, image, label), for a
-    parquet or JSONL file that ``data.path`` can name. Raises DataError for a record that ``to_trl`` did not make.
+    """The way back: rows of our layouts "pickapic" (jpg_0, jpg_1, label_0, caption) and "unpaired" (prompt, image, label),
+    for a parquet or JSONL file that ``data.path`` can name. Raises DataError for a record that ``to_trl`` did not make.
     """
     for number, record in enumerate(records):
         images, said = record.get("images"), _answer(record, number)
@@ -62,8 +62,8 @@ def from_trl(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         elif len(images) == 1 and said in ("yes", "no"):
             yield {"prompt": caption, "image": images[0]["bytes"], "label": int(said == "yes")}
         else:
-            raise DataError(f"record {number}: {len(images)} pictures and the answer {said!r}; needed are two with A or B, or one "
-                            "with yes or no")
+            raise DataError(f"record {number}: {len(images)} pictures and the answer {said!r}; needed are two with A or B, or "
+                            "one with yes or no")
 
 
 def _answer(record: dict[str, Any], number: int) -> str:

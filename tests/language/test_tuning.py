@@ -73,7 +73,7 @@ def test_dpo_starts_at_ln_2_against_the_stage_before(tmp_path):
     assert facts["log"][-2]["rewards/margins"] > 0
 
 
-# First losses where policy and reference are one, beta 0.1; exo_pair by hand with e = 0.1: 0.5 ln(0.5 / 0.9) + 0.5 ln(0.5 / 0.1)
+# First losses where policy and reference are one, beta 0.1; exo_pair by hand, e = 0.1: 0.5 ln(0.5 / 0.9) + 0.5 ln(0.5 / 0.1)
 @pytest.mark.parametrize("names, weights, smoothing, first", [
     (("sigmoid",), None, 0.0, math.log(2)), (("hinge",), None, 0.0, 1.0), (("ipo",), None, 0.0, 25.0),
     (("robust",), None, 0.1, math.log(2)), (("apo_zero",), None, 0.0, 1.0), (("sppo_hard",), None, 0.0, 50.0),
