@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,12 @@ class Cache:
     @cached_property
     def k(self) -> int:
         return int(np.diff(self._offset).max())
+
+    @cached_property
+    def elements(self) -> int:
+        """Latent numbers of a picture of the fullest bucket."""
+        fullest = max(self.members, key=len)
+        return math.prod(self.latent(self.group(fullest[0]).images[0])[0].shape)
 
     @cached_property
     def soft(self) -> bool:

@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..methods import Context, Method
 from ..models.base import Denoiser
 from ..types import Memory
-from ..world import raise_together, world_of
+from ..world import on_first, raise_together, world_of
 from . import checkpoint, guard
 from .feed import Feed, Source, to_device
 from .hooks import Hook, Log, Progress, Recent, Saturation, truncate_log
@@ -326,7 +326,7 @@ class _Trainer:
         self._validate(partial=not on_grid)
         if self.average is not None:
             self.average.copy_to_model()
-        self._on_rank_0(self._save_for_users)
+        on_first(self.world, self._save_for_users, CheckpointError)
         return Summary(step=state.step, samples=state.samples, seconds=state.seconds, groups_per_step=self.groups_per_step,
                        parameters=sum(p.numel() for p in self.params.values()), initial_loss=self.initial_loss,
                        metrics=self.recent.means(), validation_start=state.validation_start,
@@ -348,7 +348,7 @@ class _Trainer:
     def _save(self) -> None:
         """On all ranks: all prove that they hold the same weights, rank 0 writes, all hear of a failure."""
         guard.check_same_weights(self.world, self.params)
-        self._on_rank_0(self._write)
+        on_first(self.world, self._write, CheckpointError)
         self.saved_step, self.save_is_due = self.state.step, False
 
     def _write(self) -> None:
@@ -369,8 +369,8 @@ class _Trainer:
 
     def _resume(self) -> None:
         """Restore the newest whole checkpoint, or start; drop log lines beyond it."""
-        folder = self._on_rank_0(self._find)
-        if folder is not None:
+        folder = on_first(self.world, self._find, CheckpointError)
+        if folder:
             self._restore(self.output_dir / folder)
         if self.world.rank == 0:
             for name in ("metrics.jsonl", "timing.jsonl"):
@@ -415,17 +415,6 @@ class _Trainer:
         self.saved_step = saved["step"]
 
     # small helpers
-
-    def _on_rank_0(self, action: Callable[[], str | None]) -> str | None:
-        """Run it on rank 0 while the others wait; its error is raised on all ranks, its text returned on all."""
-        result, error = None, None
-        if self.world.rank == 0:
-            try:
-                result = action()
-            except CheckpointError as failure:
-                error = failure
-        raise_together(self.world, error, CheckpointError)
-        return self.world.gather(result or "")[0] or None
 
     def _export_averaged(self, folder: Path) -> None:
         with self._averaged():
