@@ -12,7 +12,9 @@ from typing import Any, Literal
 import torch
 
 from ..errors import DataError, ModelError
-from ..rewards.weights import folder_weights, loading, model_folder, read_json, sha256, shapes
+from ..models.folder import read_json
+from ..models.load import loading
+from ..rewards.weights import folder_weights, model_folder, sha256, shapes
 
 TOKENIZER = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template*")
 FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", *TOKENIZER)
@@ -56,9 +58,10 @@ class Rewriter:
 
     def check(self) -> None:
         """Raises ModelError for what is no causal language model in safetensors, brings code, or has no chat template."""
-        name, config = self.pretrained_model_name_or_path, read_json(self.folder / "config.json")
+        name = self.pretrained_model_name_or_path
+        config = read_json(self.folder / "config.json", name)
         for file in ("config.json", "tokenizer_config.json"):
-            if (self.folder / file).is_file() and "auto_map" in read_json(self.folder / file):
+            if (self.folder / file).is_file() and "auto_map" in read_json(self.folder / file, name):
                 raise ModelError(f"{name}: {file} has an auto_map, code that comes with the model; only transformers' own "
                                  "classes are run")
         if not any(str(known).endswith("ForCausalLM") for known in config.get("architectures") or ()):

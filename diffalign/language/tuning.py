@@ -78,6 +78,9 @@ def _train(trainer_class: Callable, options: Any, source: Rewriter, table: list[
     from transformers import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
 
+    if options.n_gpu > 1:
+        raise ConfigError("TRL trains in a process for each GPU, and here one sees several: run it as `accelerate launch "
+                          "-m diffalign prompts train ...`, or let one be seen (CUDA_VISIBLE_DEVICES=0)")
     AcceleratorState._reset_state()  # the run's own may be of another precision; process groups are kept
     tokenizer, model = source.tokenizer(), source.model()
     before = {"pad_token_id": model.config.pad_token_id, "generation": model.generation_config.pad_token_id}

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ..language.studio import Asked, Studio, read_asked
 from ..train import make_accelerator
 from ..train.checkpoint import check_writable
 from ..train.spec import TrainSpec
-from ..world import World, world_of
+from ..world import World, on_first, world_of
 from .build import claimed, identities, versions
 from .words import Printer, silent
 
@@ -64,9 +64,9 @@ class _Run:
     def folder(self) -> Path:
         return Path(self.spec.output_dir)
 
-    def claimed(self, folder: Path):
-        check_writable(folder)
-        return claimed(folder) if self.main else nullcontext()
+    def first(self, action: Callable[[], Any]) -> str:
+        """What the first process does while the others wait; its errors are everybody's."""
+        return on_first(self.world, lambda: json.dumps(action()))
 
 
 def _run(spec: RewriterSpec, printer: Printer) -> _Run:
@@ -104,14 +104,11 @@ def _evolve(spec: RewriterSpec, printer: Printer) -> dict:
     how, folder = spec.evolve, run.folder / "evolve"
     plan = Plan(rounds=how.rounds, proposals=how.proposals, parents=how.parents, score=how.score)
     found = _explored(run, folder, asked, plan, how.proposer, spec.rewriter, "evolving")
-    if not run.main:
-        return {}
     rows = targets(found, how.score)
-    _write_rows(folder / TARGETS, rows)
     gains = [row["score"] - row["own_score"] for row in rows if row["own_score"] is not None]
     facts = {"prompts": len(asked), "texts": sum(len(one.texts) for one in found), "cut": sum(one.cut for one in found),
              "targets": len(rows), "mean_gain": sum(gains) / len(gains) if gains else None}
-    write_json(folder / FACTS, clean({**facts, "recipe": as_tree(spec), "versions": versions()}))
+    run.first(lambda: _write_evolved(folder, rows, {**facts, "recipe": as_tree(spec), "versions": versions()}))
     run.say(f"done: {folder / TARGETS} ({len(rows)} targets of {len(asked)} prompts, {facts['texts']} texts tried, "
             f"{time.monotonic() - started:.0f} s)")
     if not rows:
@@ -119,15 +116,17 @@ def _evolve(spec: RewriterSpec, printer: Printer) -> dict:
     return facts
 
 
+def _write_evolved(folder: Path, rows: Sequence[dict], facts: dict) -> None:
+    _write_rows(folder / TARGETS, rows)
+    write_json(folder / FACTS, clean(facts))
+
+
 def _explored(run: _Run, folder: Path, asked: Sequence[Asked], plan: Plan, proposer: Proposer, rewriter: Rewriter,
               label: str) -> list[Explored]:
     """Every prompt's texts with their scores, by all processes; also in ``folder``/texts.jsonl."""
     spec, journal = run.spec, Journal(folder / "work" / "texts", run.world.rank)
-    with run.claimed(folder):
-        if run.main:
-            begin(folder / "work", _drawn_by(spec, asked, plan, proposer, rewriter), {}, spec.overwrite,
-                  [folder / name for name in (POOL, TARGETS, PAIRS, FACTS)])
-        run.world.barrier()
+    with ExitStack() as held:
+        run.first(lambda: _begin_texts(held, folder, _drawn_by(spec, asked, plan, proposer, rewriter), spec.overwrite))
         there = sum(1 for _ in journal)
         if there * UNIT < len(asked):
             run.say(f"{len(asked)} prompts, up to {plan.rounds * plan.proposals} texts each, {spec.seeds} pictures a text"
@@ -139,9 +138,14 @@ def _explored(run: _Run, folder: Path, asked: Sequence[Asked], plan: Plan, propo
             del studio, proposing
         run.world.barrier()
         found = explored(journal)
-        if run.main:
-            _write_rows(folder / POOL, [one.record() for one in found])
+        run.first(lambda: _write_rows(folder / POOL, [one.record() for one in found]))
     return found
+
+
+def _begin_texts(held: ExitStack, folder: Path, facts: dict, overwrite: bool) -> None:
+    check_writable(folder)
+    held.enter_context(claimed(folder))
+    begin(folder / "work", facts, {}, overwrite, [folder / name for name in (POOL, TARGETS, PAIRS, FACTS)])
 
 
 def _drawn_by(spec: RewriterSpec, asked: Sequence[Asked], plan: Plan, proposer: Proposer, rewriter: Rewriter) -> dict:
@@ -175,10 +179,9 @@ def _train(spec: RewriterSpec, printer: Printer) -> dict:
             raise DataError(f"{name}: no two candidates of a prompt differ by more than dpo.pairs.gap with the better one "
                             "above dpo.pairs.score.above; lower them, raise dpo.candidates, or set dpo.rounds lower")
         source, facts[name] = _stage(run, name, source, rows, spec.dpo, tuning.dpo)
-    if run.main:
-        made = {"stages": facts, "rewriter": source.pretrained_model_name_or_path, "recipe": as_tree(spec),
-                "versions": {**versions(), "trl": tuning.trl().__version__}}
-        write_json(run.folder / FACTS, clean(made))
+    made = {"stages": facts, "rewriter": source.pretrained_model_name_or_path, "recipe": as_tree(spec),
+            "versions": {**versions(), "trl": tuning.trl().__version__}}
+    run.first(lambda: write_json(run.folder / FACTS, clean(made)))
     run.say(f"done: {source.pretrained_model_name_or_path} ({time.monotonic() - started:.0f} s)")
     return facts
 
@@ -189,8 +192,7 @@ def _pairs(run: _Run, folder: Path, asked: Sequence[Asked], source: Rewriter) ->
     plan = Plan(rounds=1, proposals=spec.candidates, parents=0, score=spec.pairs.score)
     found = _explored(run, folder / "candidates", asked, plan, OwnWords(), source, f"candidates of {folder.name}")
     rows = pairs(found, spec.pairs)
-    if run.main:
-        _write_rows(folder / "candidates" / PAIRS, rows)
+    run.first(lambda: _write_rows(folder / "candidates" / PAIRS, rows))
     run.say(f"{folder.name}: {len(rows)} pairs of {len(asked)} prompts")
     return rows
 
@@ -199,26 +201,31 @@ def _stage(run: _Run, name: str, source: Rewriter, rows: Sequence[dict], options
            tune: Callable[..., dict]) -> tuple[Rewriter, dict]:
     """The model after a stage, and its facts; a stage that is there is not trained again, a killed one goes on."""
     folder, done = run.folder / name, run.folder / name / STAGE
-    with run.claimed(folder):
-        if run.main:
-            words = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
-            begun = {"rows": hashlib.sha256(words.encode()).hexdigest(), "source": source.identity(), "seed": run.spec.seed,
-                     "options": as_tree(options)}
-            begin(folder / "work", begun, {}, run.spec.overwrite, [done])
-            journal = Journal(folder / "work" / "training")
-            if not done.is_file() and not any(journal):  # checkpoints of another beginning
-                shutil.rmtree(folder / tuning.CHECKPOINTS, ignore_errors=True)
-                journal.add({"begun": len(rows)})
-            journal.close()
-        run.world.barrier()
-        if not done.is_file():
+    words = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
+    with ExitStack() as held:
+        begun = {"rows": hashlib.sha256(words.encode()).hexdigest(), "source": source.identity(), "seed": run.spec.seed,
+                 "options": as_tree(options)}
+        if json.loads(run.first(lambda: _begin_training(held, folder, begun, run.spec.overwrite))):
             run.say(f"{name}: {len(rows)} rows")
             made = tune(source, rows, options, folder, seed=run.spec.seed, cpu=run.device.type == "cpu")
-            if run.main:
-                write_json(done, clean(made))
-                run.say(f"{name}: {made['steps']} steps, mean loss {made['loss']:.3f}")
-        run.world.barrier()
+            run.first(lambda: write_json(done, clean(made)))
+            run.say(f"{name}: {made['steps']} steps, mean loss {made['loss']:.3f}")
     return _after(source, folder), json.loads(done.read_bytes())
+
+
+def _begin_training(held: ExitStack, folder: Path, facts: dict, overwrite: bool) -> bool:
+    """Whether there is something left to train. Checkpoints of another beginning are removed."""
+    check_writable(folder)
+    held.enter_context(claimed(folder))
+    begin(folder / "work", facts, {}, overwrite, [folder / STAGE])
+    if (folder / STAGE).is_file():
+        return False
+    journal = Journal(folder / "work" / "training")
+    if not any(journal):
+        shutil.rmtree(folder / tuning.CHECKPOINTS, ignore_errors=True)
+        journal.add({"begun": True})
+    journal.close()
+    return True
 
 
 def _after(source: Rewriter, folder: Path) -> Rewriter:

@@ -85,8 +85,8 @@ def test_another_recipe_does_not_go_on(trained, stub):
 def test_thresholds_may_change_without_drawing_again(trained, stub, tmp_path):
     folder, facts, _ = trained
     shutil.copytree(folder, tmp_path / "copy")
-    strict = run.prompts(task(tmp_path / "copy", "evolve", "evolve.score.above={checker: 0.999}"))
-    assert stub.drawn == [] and strict["targets"] < facts["evolve"]["targets"]
+    strict = run.prompts(task(tmp_path / "copy", "evolve", "evolve.score.above={checker: 1.0}"))
+    assert stub.drawn == [] and strict["targets"] == 0 < facts["evolve"]["targets"]
 
 
 def test_a_killed_training_goes_on(trained, stub):

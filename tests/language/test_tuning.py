@@ -69,7 +69,7 @@ def test_dpo_starts_at_ln_2_against_the_stage_before(tmp_path):
     after = replace(source, pretrained_model_name_or_path=str(tmp_path / "sft" / "model"))
     facts = tuning.dpo(after, PAIRS, DpoSpec(epochs=3, learning_rate=5e-3, **QUICK), tmp_path / "dpo", seed=0, cpu=True)
     assert losses(facts)[0] == pytest.approx(math.log(2), abs=1e-4)
-    assert losses(facts)[-1] < 0.9 * math.log(2)
+    assert losses(facts)[-1] < 0.95 * math.log(2)
     assert facts["log"][-2]["rewards/margins"] > 0
 
 
