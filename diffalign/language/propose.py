@@ -65,16 +65,13 @@ class OwnWords:
         writer = Writer(rewriter, device)
 
         def propose(asked: Sequence[Past], count: int) -> list[list[str]]:
-            return [_sampled(writer, past, count, seed) for past in asked]
+            parents = [[past.prompt, *(text for text, _ in past.best if text != past.prompt)] for past in asked]
+            told = [own[n % len(own)] for own in parents for n in range(count)]
+            prompts = "|".join(past.prompt for past in asked)
+            texts = writer.sample(told, rng.integer(seed, f"rewrite|{prompts}", asked[0].round) % 2**32)
+            return [texts[n:n + count] for n in range(0, len(texts), count)]
 
         return propose
-
-
-def _sampled(writer: Writer, past: Past, count: int, seed: int) -> list[str]:
-    parents = [past.prompt, *(text for text, _ in past.best if text != past.prompt)]
-    keyed = rng.integer(seed, f"rewrite|{past.prompt}", past.round) % 2**32
-    shares = [len(range(n, count, len(parents))) for n in range(len(parents))]
-    return [text for n, share in enumerate(shares) if share for text in writer.sample(parents[n], share, (keyed + n) % 2**32)]
 
 
 @dataclass(frozen=True, kw_only=True)

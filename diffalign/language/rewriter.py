@@ -104,37 +104,42 @@ class Rewriter:
 
 
 class Writer:
-    """A loaded rewriter. Answers depend on (prompt, seed) alone: one prompt at a time, with a generator state of its own."""
+    """A loaded rewriter. Answers depend on the prompts asked together and the seed; nobody else's randomness is touched."""
 
     def __init__(self, source: Rewriter, device: torch.device | str = "cpu"):
         self.source, self.device = source, torch.device(device)
         self._tokenizer, self._model = source.tokenizer(), source.model().to(device).eval()
-        self._pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
+        self._tokenizer.padding_side = "left"  # answers begin where the padded prompts end
+        self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
 
-    def sample(self, prompt: str, count: int, seed: int) -> list[str]:
-        """``count`` rewrites. Raises DataError for a prompt that is longer than the model reads."""
+    def sample(self, prompts: Sequence[str], seed: int) -> list[str]:
+        """One sampled rewrite of each. Raises DataError for a prompt that is longer than the model reads."""
         source = self.source
         with _seeded(seed, self.device):
-            return self._ask(prompt, do_sample=True, temperature=source.temperature, top_k=source.top_k, top_p=source.top_p,
-                             num_return_sequences=count)
+            return self._ask(prompts, do_sample=True, temperature=source.temperature, top_k=source.top_k, top_p=source.top_p)
 
-    def best(self, prompt: str) -> str:
-        """The rewrite of likeliest tokens; the prompt itself where that is empty. Raises DataError as ``sample`` does."""
-        return self._ask(prompt, do_sample=False)[0] or prompt
+    def best(self, prompts: Sequence[str], batch_size: int = 16) -> list[str]:
+        """The rewrite of likeliest tokens of each; the prompt itself where that is empty. Raises DataError as ``sample``
+        does.
+        """
+        texts = [text for start in range(0, len(prompts), batch_size)
+                 for text in self._ask(prompts[start:start + batch_size], do_sample=False)]
+        return [text or prompt for prompt, text in zip(prompts, texts, strict=True)]
 
-    def _ask(self, prompt: str, **how: Any) -> list[str]:
-        given = self._tokenizer.apply_chat_template(self.source.messages(prompt), add_generation_prompt=True, return_dict=True,
-                                                    return_tensors="pt").to(self.device)
+    def _ask(self, prompts: Sequence[str], **how: Any) -> list[str]:
+        given = self._tokenizer.apply_chat_template([self.source.messages(prompt) for prompt in prompts], padding=True,
+                                                    add_generation_prompt=True, return_dict=True, return_tensors="pt")
         length, most = given["input_ids"].shape[1], getattr(self._model.config, "max_position_embeddings", None)
         room = self.source.max_new_tokens if most is None else min(self.source.max_new_tokens, most - length)
         if room < 1:
-            raise DataError(f'the prompt "{prompt[:60]}..." has {length} tokens with the instruction, and the language model '
+            longest = prompts[int(given["attention_mask"].sum(1).argmax())]
+            raise DataError(f'the prompt "{longest[:60]}..." has {length} tokens with the instruction, and the language model '
                             f"reads {most}; shorten it")
-        kept = {name: given[name] for name in ("input_ids", "attention_mask")}
+        kept = {name: given[name].to(self.device) for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            ids = self._model.generate(**kept, max_new_tokens=room, max_length=None, pad_token_id=self._pad, **how)
-        texts: Sequence[str] = self._tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
-        return [tidy(text) for text in texts]
+            ids = self._model.generate(**kept, max_new_tokens=room, max_length=None,
+                                       pad_token_id=self._tokenizer.pad_token_id, **how)
+        return [tidy(text) for text in self._tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)]
 
 
 def tidy(text: str) -> str:

@@ -265,8 +265,7 @@ def _stages(spec: RewriterSpec) -> dict[str, Rewriter]:
 
 
 def _written(run: _Run, source: Rewriter, asked: Sequence[Asked]) -> list[str]:
-    writer = Writer(source, run.device)
-    return [writer.best(one.prompt) for one in asked]
+    return Writer(source, run.device).best([one.prompt for one in asked])
 
 
 def _measure(run: _Run, stages: dict[str, Rewriter]) -> dict[str, Any]:

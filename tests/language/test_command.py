@@ -39,19 +39,19 @@ def trained(tmp_path_factory):
 def test_the_whole_way(trained):
     folder, facts, said = trained
     out = folder / "out"
-    assert facts["evolve"]["prompts"] == 16
+    assert facts["evolve"]["prompts"] == 8
     texts = rows(out / "evolve" / "texts.jsonl")
-    assert len(texts) == 16 and all({"prompt", "meaning", "own", "texts"} <= row.keys() for row in texts)
+    assert len(texts) == 8 and all({"prompt", "meaning", "own", "texts"} <= row.keys() for row in texts)
     targets = rows(out / "evolve" / "sft.jsonl")
     assert facts["evolve"]["targets"] == len(targets) > 0 and all(row["score"] > row["own_score"] for row in targets)
     pairs = rows(out / "dpo-1" / "candidates" / "pairs.jsonl")
-    told = {row["prompt"] for row in rows(folder / "users.jsonl")[16:]}
+    told = {row["prompt"] for row in rows(folder / "users.jsonl")[8:]}
     assert pairs and {row["prompt"] for row in pairs} <= told  # DPO's prompts are not SFT's
     assert all(row["chosen_score"] > row["rejected_score"] for row in pairs)
     assert (out / "dpo-1" / "model" / "model.safetensors").is_file() and (out / "rewriter.json").is_file()
     assert [row["prompt"] for row in rows(out / "rewritten.jsonl")] == [r["prompt"] for r in rows(folder / "heldout.jsonl")]
     measured = facts["rewrite"]["measured"]
-    assert [*measured] == ["untrained", "sft", "dpo-1"] and measured["sft"]["prompts"] == 8
+    assert [*measured] == ["untrained", "sft", "dpo-1"] and measured["sft"]["prompts"] == 6
     assert any("dpo-1: judge" in line for line in said)
 
 
@@ -102,7 +102,7 @@ def test_a_killed_training_goes_on(trained, stub):
 
 @pytest.mark.parametrize("action, overrides, error, match", [
     ("evolve", ["prompts=nowhere.txt"], DataError, "prompts: cannot read nowhere.txt"),
-    ("evolve", ["evolve.prompts=24"], ConfigError, "evolve.prompts: 24 of 24 prompts leave none for DPO"),
+    ("evolve", ["evolve.prompts=16"], ConfigError, "evolve.prompts: 16 of 16 prompts leave none for DPO"),
     ("evolve", ["rewriter.pretrained_model_name_or_path=" + str(ROOT / "assets" / "tiny-clip")], ModelError,
      "no causal language model"),
     ("evolve", ["generator.pretrained_model_name_or_path=" + REWRITER], ModelError, "generator: .*not a diffusers pipeline"),
@@ -126,7 +126,7 @@ def test_bad_options(overrides, match):
 
 
 def test_held_out_prompts_are_not_learned_from(stub, tmp_path):
-    with pytest.raises(DataError, match="8 of the prompts in .*, which is to measure what is learned"):
+    with pytest.raises(DataError, match="6 of the prompts in .*, which is to measure what is learned"):
         run.prompts(task(tmp_path, "evolve", f"prompts={tmp_path / 'heldout.jsonl'}", "evolve.prompts=4"))
 
 
@@ -147,7 +147,7 @@ def test_a_prompt_longer_than_the_model(tmp_path):
     from diffalign.language.rewriter import Writer
 
     with pytest.raises(DataError, match="has 83 tokens with the instruction, and the language model reads 64"):
-        Writer(rewriter()).best("red " * 80)
+        Writer(rewriter()).best(["a red ring", "red " * 80])
 
 
 def test_the_command_line(capsys):

@@ -10,7 +10,8 @@ from diffalign.config import load_reward
 from diffalign.errors import DataError
 from diffalign.language import evolve
 from diffalign.language.evolve import Explored, Plan, explore, explored
-from diffalign.language.propose import ChatProposer, OwnWords
+from diffalign.language.propose import ChatProposer, OwnWords, Past
+from diffalign.language.rewriter import Writer
 from diffalign.language.select import Score
 from diffalign.language.studio import Asked, Studio, read_asked
 
@@ -142,27 +143,37 @@ def test_a_record_leads_back(stub, tmp_path):
     assert Explored.of(one.record()) == one
 
 
-def test_own_words_depend_on_prompt_and_round_alone(tmp_path):
+def test_own_words_depend_on_prompts_and_round_alone():
     propose = OwnWords().open(rewriter(), torch.device("cpu"), 0)
-    past = Says()
-    past([], 0)
-    from diffalign.language.propose import Past
 
     def asked(n, number=1, best=()):
         return Past(prompt=ASKED[n].prompt, own={}, best=best, round=number)
 
     both = propose([asked(0), asked(1)], 3)
+    assert [len(texts) for texts in both] == [3, 3]
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    assert propose([asked(1)], 3) == both[1:] and propose([asked(0)], 3) == both[:1]
+    assert propose([asked(0), asked(1)], 3) == both
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's randomness is touched
-    assert propose([asked(0, number=2)], 3) != both[:1]
-    assert len(propose([asked(0, best=(("a red ring on a blue background", {}),))], 3)[0]) == 3
+    assert propose([asked(0, number=2), asked(1, number=2)], 3) != both
+
+
+def test_the_best_so_far_are_rewritten_in_turn(monkeypatch):
+    told = []
+    monkeypatch.setattr(Writer, "sample", lambda self, prompts, seed: told.extend(prompts) or list(prompts))
+    propose = OwnWords().open(rewriter(), torch.device("cpu"), 0)
+    propose([Past(prompt="p", own={}, best=(("a", {}), ("p", {}), ("b", {})), round=2)], 5)
+    assert told == ["p", "a", "b", "p", "a"]
+
+
+def test_padding_changes_no_answer():
+    """Prompts of unlike lengths together and one by one."""
+    writer, prompts = Writer(rewriter()), [one.prompt for one in ASKED]
+    assert len({len(prompt.split()) for prompt in prompts}) > 1
+    assert writer.best(prompts, batch_size=10) == [writer.best([prompt])[0] for prompt in prompts]
 
 
 def test_a_chat_model_sees_texts_and_scores():
-    from diffalign.language.propose import Past
-
     bodies = []
 
     def answer(handler, body):

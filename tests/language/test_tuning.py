@@ -107,7 +107,7 @@ def test_the_pad_token_of_the_model_is_its_own_again(tmp_path):
     tuning.sft(rewriter(folder), ROWS[:4], Tuning(epochs=1, **QUICK), tmp_path / "out", seed=0, cpu=True)
     after = rewriter(tmp_path / "out" / "model")
     assert after.model().config.pad_token_id is None and after.model().generation_config.pad_token_id is None
-    assert Writer(after).best("a red box on blue")
+    assert Writer(after).best(["a red box on blue", "ring"])
 
 
 def test_user_errors(tmp_path):

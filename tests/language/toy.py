@@ -64,15 +64,15 @@ class SimpleTokenizer:
 
 
 def task(folder: Path, action: str, *overrides: str):
-    """A recipe of 24 prompts that asks the checker itself, and trains for an instant."""
+    """A recipe of 16 prompts, half of them for the pool, that asks the checker itself, and trains for an instant."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in (("users", USERS), ("heldout", HELDOUT)):
-        rows = users(24 if name == "users" else 8, path)
+        rows = users(16 if name == "users" else 6, path)
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tuning = ["batch_size=4", "gradient_accumulation_steps=1", "learning_rate=1e-3", "epochs=1", "checkpointing_steps=2"]
     return load_prompts(action, ROOT / "configs" / "text" / "rewriter_tiny.yaml", [
         f"output_dir={folder / 'out'}", f"prompts={folder / 'users.jsonl'}", f"measure.prompts={folder / 'heldout.jsonl'}",
         f"rewriter.pretrained_model_name_or_path={REWRITER}", "rewriter.max_new_tokens=24",
         f"generator.pretrained_model_name_or_path={ROOT / 'assets' / 'tiny-sdxl'}", "rewards={checker: scenes}", "cpu=true",
-        "evolve.prompts=16", "evolve.rounds=2", "dpo.rounds=1", "dpo.candidates=3", "evolve.score={}", "dpo.pairs={}",
+        "evolve.prompts=8", "evolve.rounds=2", "dpo.rounds=1", "dpo.candidates=3", "evolve.score={}", "dpo.pairs={}",
         *(f"sft.{one}" for one in tuning), *(f"dpo.{one}" for one in tuning), *overrides])
