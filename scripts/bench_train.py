@@ -342,14 +342,14 @@ def write_sdxl(folder: Path, model: str, pairs: int, side: int) -> dict:
 def write_recipe(options, work: Path) -> Path:
     import yaml
 
-    turns = WARM + options.steps * (options.rounds + 1)
+    turns, pairs = WARM + options.steps * (options.rounds + 1), max(64, options.steps * options.batch)
     if options.model != "tiny":
-        places = write_sdxl(work, options.model, 2 * options.steps * options.batch, options.resolution)
+        places = write_sdxl(work, options.model, pairs, options.resolution)
     else:
         places = {"model": "assets/tiny-sdxl", "data": "assets/preferences/train.parquet"}
     tree = {"output_dir": str(work / "run"), "seed": 0,
             "model": {"pretrained_model_name_or_path": places["model"], "lora": {"rank": options.rank}},
-            "data": {"path": places["data"], "resolution": options.resolution},
+            "data": {"path": places["data"], "resolution": options.resolution, "max_train_samples": pairs},
             "objective": {"kind": "dpo", "beta": 2000},
             "train": {"max_train_steps": turns, "train_batch_size": options.batch, "mixed_precision": options.precision,
                       "learning_rate": 1e-4, "checkpointing_steps": turns + 1, "resume": "never",
@@ -382,11 +382,12 @@ class Worker:
 
 def prepare(file: Path) -> None:
     """Latents and text for both of diffalign's paths, the reference's errors for one: their caches lie apart."""
-    for path, switches in (("live", []), ("measured", ["--reference"])):
-        command = [sys.executable, "-m", "diffalign", "encode", str(file), f"output_dir={file.parent / path}", *switches]
-        done = subprocess.run([*command, f"data.cache_dir={file.parent / path / 'cache'}"], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"bench_train: {done.stderr[-3000:]}")
+    folder = file.parent / "measured"
+    command = [sys.executable, "-m", "diffalign", "encode", str(file), "--reference", f"output_dir={folder}"]
+    done = subprocess.run([*command, f"data.cache_dir={folder / 'cache'}"], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"bench_train: {done.stderr[-3000:]}")
+    shutil.copytree(folder / "cache", file.parent / "live" / "cache", ignore=shutil.ignore_patterns("reference-*"))
 
 
 def matrix_rate(precision: str) -> float:
@@ -438,10 +439,9 @@ def bench(options) -> dict:
 
 
 def run_rounds(file: Path, options) -> tuple[list[dict], dict, dict]:
-    workers = {}
-    for path in PATHS:  # one after another: loading is heavy
-        workers[path] = Worker(path, file, options)
-        workers[path].answer()
+    workers = {path: Worker(path, file, options) for path in PATHS}
+    for worker in workers.values():
+        worker.answer()
     rounds = []
     for number in range(options.rounds):
         answers = {path: worker.turn() for path, worker in workers.items()}
