@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..evaluate.monitor import MonitorSpec, with_defaults
 from ..likelihood import LatentScores, MaskedELBO, Transitions
 from ..methods import Context, Preference, Probe
-from ..models.base import Denoiser, enable_gradient_checkpointing
+from ..models.base import Denoiser, compile_blocks, enable_gradient_checkpointing
 from ..models.latent_reward import from_denoiser
 from ..models.load import encoder_facts, inspect, is_distilled, load_encoders
 from ..models.load import load_denoiser as load_picture_denoiser
@@ -244,6 +244,20 @@ def context(recipe: Recipe, bank: WeightBank, accelerator) -> Context:
 
     denoiser = bank.denoiser
     return Context(predict=predict, process=denoiser.process, param=denoiser.param, seed=recipe.seed, step=0, memory=Memory())
+
+
+def compiled(recipe: Recipe, bank: WeightBank, stored: data.Offline, accelerator) -> str | None:
+    """Compile the denoiser's blocks, tried on a pass of the first micro-batch's size. Returns why they stay as they are."""
+    def attempt():
+        batch = stored.take(0)[0].to(accelerator.device)
+        t = torch.full((batch.groups * batch.k,), 0.5, device=accelerator.device)
+        bank.denoiser.module.train()
+        raw = context(recipe, bank, accelerator).predict("policy", batch.x0.flatten(0, 1), t, batch.cond.rows(batch.k))
+        raw.float().square().mean().backward()
+        for parameter in bank.trainable().values():
+            parameter.grad = None
+
+    return compile_blocks(bank.denoiser, attempt)
 
 
 def stored_of(recipe: Recipe, cache, world) -> data.Offline:
