@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .. import rng
-from ..config import Evaluation, Recipe, as_tree, dump, load_reward, load_utility
+from ..config import Evaluation, Recipe, as_tree, dump, load_recipe, load_reward, load_utility
 from ..data.prompts import read_prompts
 from ..data.sources import Online
 from ..errors import ConfigError, UserError
@@ -28,7 +28,7 @@ from ..train.spec import TrainSpec
 from ..world import on_first, world_of
 from . import parts
 from .entrants import Entrants
-from .words import SUMMARY, Printer, run_of, silent
+from .words import SUMMARY, TRAINED, Printer, run_of, silent
 
 FACTS = ("base", "pairs", "step", "seconds", "wall_seconds", "heldout")  # of train.json, needed by a report
 RESOLVED = "evaluation.resolved.yaml"  # the recipe with its overrides: what repeats the evaluation
@@ -160,10 +160,18 @@ def _decisive(made: dict) -> list[str]:
     return [name for name in names if name in read or name in asked]
 
 
+def _as_trained(recipe: Recipe) -> Recipe:
+    """The recipe that made the weights, which may be another than the one given, with what that says of the evaluation."""
+    path = Path(recipe.output_dir) / TRAINED
+    if not path.is_file():
+        return recipe
+    return dataclasses.replace(load_recipe(path), output_dir=recipe.output_dir, evaluate=recipe.evaluate)
+
+
 def _run(recipe: Recipe | Evaluation, entrants: Entrants, facts: dict | None, seconds: float) -> Run:
     command = f"diffalign evaluate {shlex.quote(str(Path(recipe.output_dir) / RESOLVED))}"
     if facts is not None:
-        run = run_of(recipe, {**facts, "total_seconds": facts["wall_seconds"] + seconds})
+        run = run_of(_as_trained(recipe), {**facts, "total_seconds": facts["wall_seconds"] + seconds})
         return dataclasses.replace(run, evaluate_command=command)
     base = recipe.model.pretrained_model_name_or_path
     return Run(title=f"{', '.join(entrants.compared)} beside {Path(base).name}", base_model=base, seed=recipe.seed,

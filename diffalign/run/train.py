@@ -25,7 +25,7 @@ from ..train.checkpoint import check_writable, disk_errors
 from ..world import world_of
 from . import parts, reference
 from .monitor import Monitor
-from .words import PIPELINE, SUMMARY, Printer, derived, method_name, run_of, silent
+from .words import PIPELINE, SUMMARY, TRAINED, Printer, derived, method_name, run_of, silent
 
 
 def train(recipe: Recipe, printer: Printer = silent) -> dict:
@@ -76,7 +76,7 @@ class _ResolvedConfig:
 
     def after_step(self, state, report) -> None:
         if not self.written:
-            write(Path(self.recipe.output_dir) / "config.resolved.yaml", dump(self.recipe).encode())
+            write(Path(self.recipe.output_dir) / TRAINED, dump(self.recipe).encode())
         self.written = True
 
 
