@@ -69,7 +69,7 @@ class Distributed:
         padded[:len(data)] = data[:len(padded)]
         parts = [torch.zeros_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
-        return [bytes(part[:int(n)].tolist()).decode() for part, n in zip(parts, lengths)]
+        return [part[:int(n)].cpu().numpy().tobytes().decode() for part, n in zip(parts, lengths)]
 
     def barrier(self) -> None:
         self.gather("")  # works on every backend and never needs a device id

@@ -21,7 +21,8 @@ def make_accelerator(spec: TrainSpec, output_dir: Path):
     """The Accelerator that a run uses. Make it first when models and data need its device, rank or world size.
 
     The CPU is taken when the recipe says so or no CUDA device is there. ConfigError for float16 without CUDA, for a tracker
-    that isn't installed, and for what accelerate was told that this loop does not do. Calling it again in one process is allowed.
+    that isn't installed, and for what accelerate was told that this loop does not do. Calling it again in one process is
+    allowed.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState

@@ -57,9 +57,10 @@ def cutter(device, processes: int) -> Callable[[nn.Module], None]:
     mesh = init_device_mesh(device.type, (processes,))
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").strip().lower() != "false"
 
+    told = [name.strip() for name in os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",") if name.strip()]
+
     def cut(module: nn.Module) -> None:
-        told = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
-        names = {name.strip() for name in told.split(",") if name.strip()} or set(getattr(module, "_no_split_modules", ()) or ())
+        names = told or getattr(module, "_no_split_modules", None) or ()
         blocks = [block for block in module.modules() if type(block).__name__ in names and block is not module]
         for block in [*reversed(blocks), module]:  # inner ones first
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard)

@@ -378,7 +378,8 @@ class _Trainer:
     def _parts(self) -> tuple[checkpoint.Groups, dict]:
         """Tensors of a checkpoint by file, and the numbers that belong to them."""
         optimizer, optimizer_numbers = optimizer_state(self.optimizer, self.params)
-        tensors, numbers = {"weights": self.bank.state(), "optimizer": optimizer}, {"optimizer": optimizer_numbers, "ema": None}
+        tensors = {"weights": self.bank.state(), "optimizer": optimizer}
+        numbers = {"optimizer": optimizer_numbers, "ema": None}
         if self.average is not None:
             tensors["ema"], numbers["ema"] = self.average.state()
         return tensors, numbers
