@@ -26,6 +26,7 @@ from ..objectives.sft import winners
 from ..rewards import Reward, columns_of, judged
 from ..rewards import check as check_reward
 from ..sampling.scheduler import make_scheduler
+from ..train import is_sharding_asked
 from ..types import Memory
 from ..world import world_of
 
@@ -39,10 +40,23 @@ def check_before(recipe: Recipe) -> None:
     _check_distilled(recipe)
     check_evaluate(recipe)
     check_monitor(recipe)
+    _check_sharded(recipe)
     judge = getattr(recipe.source, "judge", None)
     check_judge("source.judge.reward" if judge else "source.reward", getattr(judge or recipe.source, "reward", None))
     if hasattr(judge, "check_for"):
         judge.check_for(recipe.model)
+
+
+def _check_sharded(recipe: Recipe) -> None:
+    """Passes through weights that are cut are collective: all processes must make the same, through the whole model."""
+    if not is_sharding_asked():
+        return
+    if recipe.monitor is not None:
+        raise ConfigError("monitor: cannot draw with weights that FSDP2 has cut; set monitor=null and evaluate afterwards, or "
+                          "train with configs/accelerate/ddp.yaml")
+    if isinstance(recipe.likelihood, LatentScores):
+        raise ConfigError("likelihood: a latent reward model runs a part of the model only, which FSDP2 cannot cut; train it "
+                          "with configs/accelerate/ddp.yaml")
 
 
 def identity_of(recipe: Recipe) -> dict[str, str]:
@@ -151,7 +165,9 @@ def bank_of(recipe: Recipe, method: Preference, accelerator, cache) -> WeightBan
     """The denoiser with its weight sets. The frozen base of a LoRA is kept in the precision it is computed in."""
     forward = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.mixed_precision, torch.float32)
     dtype = torch.float32 if recipe.model.lora is None else forward
-    denoiser = load_denoiser(recipe.model, dtype=dtype, device=accelerator.device)
+    # weights that will be cut go to the device in parts
+    device = "cpu" if is_sharding_asked() else accelerator.device
+    denoiser = load_denoiser(recipe.model, dtype=dtype, device=device)
     _attention(denoiser, recipe)
     if isinstance(recipe.likelihood, LatentScores):
         denoiser = from_denoiser(denoiser, recipe.model, guidance_scale=recipe.likelihood.guidance_scale, seed=recipe.seed,
