@@ -27,17 +27,20 @@ DATA = ("DATA", "parquet, CSV, JSON or JSONL file, or a folder of pictures or of
 @dataclass(frozen=True)
 class _Command:
     """load: a function of ``diffalign.config`` that makes the spec from the positionals and the overrides. The function of the
-    command's own name, with _ for -, in ``diffalign.run`` takes the spec.
+    command's own name, with _ for -, in ``diffalign.run`` takes the spec, and its switches (name, help) as keywords.
     """
 
     summary: str
     positionals: tuple[tuple[str, str], ...] = (CONFIG,)
     load: str = "load_recipe"
+    switches: tuple[tuple[str, str], ...] = ()
 
 
 _COMMANDS = {
     "train": _Command("align the model; run the same command again to resume"),
-    "encode": _Command("build the cache of latents and text embeddings, and stop"),
+    "encode": _Command("build the cache of latents and text embeddings, and stop", switches=(
+        ("reference", "measure the frozen reference's errors too: training then never runs it, whatever beta, link or "
+                      "learning rate"),)),
     "check": _Command("look at data and options before the machine gets warm: counts, ties, leakage, derived numbers, sample "
                       "pairs"),
     "evaluate": _Command("compare base, aligned and other models on the same prompts and seeds: win rates with intervals, "
@@ -77,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(metavar.lower(), metavar=metavar, help=meaning)
         command.add_argument("overrides", nargs="*", metavar="key=value",
                              help="options by path, such as train.learning_rate=1e-5")
+        for switch, meaning in known.switches:
+            command.add_argument(f"--{switch}", action="store_true", help=meaning)
         command.add_argument("--rewards-from", metavar="FILE.py", action="append", default=[],
                              help="make the rewards of a Python file of yours known under their names (it is run)")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -113,12 +118,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _sturdy_output():
         try:
             _quiet_libraries()
-            from . import config, run  # here, so that --help needs no torch
+            from . import config, run, world  # here, so that --help needs no torch
             for file in args.rewards_from:
                 config.rewards_from(file)
             command = _COMMANDS[args.command]
             given = [getattr(args, metavar.lower()) for metavar, _ in command.positionals]
-            getattr(run, args.command.replace("-", "_"))(getattr(config, command.load)(*given, args.overrides), printer=print)
+            switches = {switch: getattr(args, switch) for switch, _ in command.switches}
+            spec = getattr(config, command.load)(*given, args.overrides)
+            with world.left_in_order():
+                getattr(run, args.command.replace("-", "_"))(spec, printer=print, **switches)
             return 0
         except UserError as error:
             if args.debug:

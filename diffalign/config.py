@@ -35,7 +35,7 @@ from .building.utility import UTILITIES, Utility
 from .data.sources import Online, SemiPolicy, Stored
 from .data.spec import DataSpec
 from .data.stepwise import JUDGES, THRESHOLDS, StepJudge, Stepwise, Threshold
-from .errors import ConfigError
+from .errors import ConfigError, first_line
 from .evaluate.monitor import MonitorSpec
 from .evaluate.spec import CheckSpec, EvaluateSpec
 from .models.references import REFERENCES, Frozen, Past, Reference
@@ -210,7 +210,7 @@ def rewards_from(path: str | Path) -> list[str]:
     try:
         found = runpy.run_path(str(path), run_name=Path(path).stem)
     except (Exception, SystemExit) as error:  # a stranger's file may fail in any way
-        raise ConfigError(f"{path}: cannot be run for its rewards ({type(error).__name__}: {_first_line(error)})") from None
+        raise ConfigError(f"{path}: cannot be run for its rewards ({type(error).__name__}: {first_line(error)})") from None
     module = types.ModuleType(Path(path).stem)  # annotations are looked up in the module a class names as its own
     module.__dict__.update(found)
     sys.modules.setdefault(module.__name__, module)
@@ -368,11 +368,19 @@ def _build(cls: type, tree: object, path: str, lead: tuple[str, ...] = ()):
     missing = [name for name, f in fields.items() if name not in tree and _required(f)]
     if missing:
         raise ConfigError(f"{_join(path, missing[0])}: is missing")
-    values = {name: _value(hints[name], tree[name], _join(path, name)) for name in fields if name in tree}
+    values = {name: _value(hints[name], _on_default(field, tree[name]), _join(path, name))
+              for name, field in fields.items() if name in tree}
     try:
         return cls(**values)
     except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:  # the last ones in a stranger's class
         raise ConfigError(_place(path, str(error) or type(error).__name__, fields)) from None
+
+
+def _on_default(field: dataclasses.Field, value: object) -> object:
+    """A section that is given in part is completed by the field's own default, which may be another one than its class's."""
+    if isinstance(value, dict) and "kind" not in value and dataclasses.is_dataclass(field.default):
+        return {**as_tree(field.default), **value}
+    return value
 
 
 def _value(annotation, value: object, path: str):
@@ -457,7 +465,7 @@ def _plugin(group: str, kind: str, path: str) -> type | None:
     try:
         cls = found.popitem()[1].load()
     except (Exception, SystemExit) as error:  # a stranger's module may fail in any way
-        raise ConfigError(f"{where} cannot be loaded: {_first_line(error)}") from None
+        raise ConfigError(f"{where} cannot be loaded: {first_line(error)}") from None
     problem = _unfit(cls, _NEEDED.get(group, ()))
     if problem:
         raise ConfigError(f"{where} {problem}")
@@ -477,7 +485,7 @@ def _unfit(cls: object, needed: tuple[str, ...]) -> str | None:
     try:
         hints = typing.get_type_hints(cls)
     except Exception as error:  # an annotation is any expression
-        return f"has an option whose type cannot be read: {_first_line(error)}"
+        return f"has an option whose type cannot be read: {first_line(error)}"
     odd = [name for name in sorted(fields) if not _is_option(hints[name])]
     return f"has an option that a recipe cannot hold: {odd[0]} is a {_words(hints[odd[0]])}" if odd else None
 
@@ -567,10 +575,6 @@ def _place(path: str, message: str, fields) -> str:
     return f"{path}: {message}" if path else message
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _show(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -594,6 +598,7 @@ def _cross_check(recipe: Recipe) -> None:
     check_layout(recipe, recipe.data.layout)
     _check_paths(recipe)
     _check_latent_reward(recipe)
+    _check_text(recipe)
     objective, title, reference = recipe.objective, objectives.title_of(recipe.objective), recipe.reference
     weighting = getattr(recipe.likelihood, "weighting", likelihood.Simple())
     if not objectives.reads_weighting(objective) and not isinstance(weighting, likelihood.Simple):
@@ -627,6 +632,35 @@ def _check_latent_reward(recipe: Recipe) -> None:
         raise ConfigError("source.kind: likelihood.kind=latent_reward learns from stored pairs; leave it at stored")
     if recipe.evaluate is not None:
         raise ConfigError("evaluate: a latent reward draws no pictures; set it to null (train.json has its held-out accuracy)")
+
+
+# options that say something of pictures or of diffusers pipelines, with the values that say nothing
+_OF_PICTURES = {"data": ("image_root", "resolution", "aspect_ratio_buckets", "random_flip", "caption_dropout", "cache_dir"),
+                "model": ("variant", "pretrained_vae_model_name_or_path", "fuse_lora", "distilled"),
+                "train": ("enable_xformers_memory_efficient_attention",)}
+_OF_TEXT = ("chat_template", "max_tokens")
+
+
+def _check_text(recipe: Recipe) -> None:
+    """A masked language model reads stored text; nothing of it is a picture."""
+    if not isinstance(recipe.likelihood, likelihood.MaskedELBO):
+        for name in _OF_TEXT:
+            if getattr(recipe.data, name) != getattr(DataSpec, name):
+                raise ConfigError(f"data.{name}: is of text, which likelihood.kind=masked reads; leave it out")
+        return
+    for section, names in _OF_PICTURES.items():
+        part = getattr(recipe, section)
+        name = next((name for name in names if getattr(part, name) != getattr(type(part), name)), None)
+        if name is not None:
+            raise ConfigError(f"{section}.{name}: is of pictures, and likelihood.kind=masked trains on text; leave it out")
+    if not isinstance(recipe.source, Stored):
+        raise ConfigError("source.kind: likelihood.kind=masked reads stored answers; leave it at stored")
+    for name in ("evaluate", "monitor"):
+        if getattr(recipe, name) is not None:
+            raise ConfigError(f"{name}: draws pictures, and likelihood.kind=masked trains on text; set it to null "
+                              "(train.json has the held-out accuracy)")
+    if getattr(recipe.reference, "gate", None) is not None:
+        raise ConfigError("reference.gate: is measured on denoising errors, which text has none of; set it to null")
 
 
 def _check_paths(recipe: Recipe) -> None:

@@ -36,3 +36,8 @@ class RewardError(UserError):
 
 class ServiceError(UserError):
     """A service behind HTTP does not answer, or answers nonsense; the message names its address without secrets."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, short enough for one line of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

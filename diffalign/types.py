@@ -1,4 +1,5 @@
-"""The types that flow through diffalign. B groups, K candidates a group, N = B*K rows, S = latent shape (C, H, W).
+"""The types that flow through diffalign. B groups, K candidates a group, N = B*K rows, S = latent shape (C, H, W), or (L,)
+for text: prompt and answer as one row of L token ids, padded at its end.
 
 Time runs from 0 (clean) to 1 (noise) everywhere. A pair is a group of two, an unpaired picture a group of one, a ranking
 a group of K.
@@ -30,23 +31,24 @@ def _move(value, device, non_blocking):
 class Cond(_Movable):
     """What the denoiser is conditioned on.
 
-    tokens: [B, L, D] float, text-encoder states. pooled: [B, D'] float or None. extra: per candidate, [B, K, ...];
-    SDXL's ``time_ids`` [B, K, 6] in pixels stay float32 (bf16 cannot hold 1023).
+    tokens: [B, L, D] float, text-encoder states; None for text, whose prompt is a part of ``Batch.x0``. pooled: [B, D'] float
+    or None. extra: per candidate, [B, K, ...]; SDXL's ``time_ids`` [B, K, 6] in pixels stay float32 (bf16 cannot hold 1023);
+    text's ``answer`` and ``attended`` [B, K, L] bool, where the answer lies and what is no padding.
     """
 
-    tokens: Tensor
+    tokens: Tensor | None = None
     pooled: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, k: int, draws: int = 1) -> Cond:
         """One row per (draw, group, candidate): everything becomes [draws*B*K, ...], draws outermost."""
         def shared(x):
-            return x.repeat_interleave(k, dim=0).repeat(draws, *[1] * (x.dim() - 1))
+            return None if x is None else x.repeat_interleave(k, dim=0).repeat(draws, *[1] * (x.dim() - 1))
 
         def own(x):
             return x.flatten(0, 1).repeat(draws, *[1] * (x.dim() - 2))
 
-        return Cond(tokens=shared(self.tokens), pooled=None if self.pooled is None else shared(self.pooled),
+        return Cond(tokens=shared(self.tokens), pooled=shared(self.pooled),
                     extra={name: own(x) for name, x in self.extra.items()})
 
 
@@ -73,11 +75,12 @@ class Steps(_Movable):
 class Batch(_Movable):
     """Groups of candidates for one prompt each.
 
-    x0: [B, K, *S] float32, latents scaled to unit variance. utility: [B, K] float32, higher is better; (1, 0) for a plain
-    pair, equal values for a tie. valid: [B, K] bool. key: [B, 2] int64 (row id, visit), the identity that seeds all noise.
-    soft: [B] float32 or None, the probability that the best candidate is truly preferred (soft labels). place: [B] int64 or
-    None, the group's number in the run (step * groups a step + its place in the step), the same however a step is cut up.
-    steps: the sampler's steps that step densities are taken of, or None.
+    x0: [B, K, *S] float32, latents scaled to unit variance, or int64 token ids. utility: [B, K] float32, higher is better;
+    (1, 0) for a plain pair, equal values for a tie. valid: [B, K] bool. key: [B, 2] int64 (row id, visit), the identity that
+    seeds all noise. soft: [B] float32 or None, the probability that the best candidate is truly preferred (soft labels).
+    place: [B] int64 or None, the group's number in the run (step * groups a step + its place in the step), the same however a
+    step is cut up. steps: the sampler's steps that step densities are taken of, or None. reference_error: [B, K, draws]
+    float32 or None, mean squared errors of a frozen reference that were measured beforehand; its pass is then not run.
     """
 
     x0: Tensor
@@ -88,6 +91,7 @@ class Batch(_Movable):
     soft: Tensor | None = None
     place: Tensor | None = None
     steps: Steps | None = None
+    reference_error: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -112,11 +116,28 @@ class Noised(_Movable):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Masked(_Movable):
+    """Text with masked tokens. x0, xt: [N, L] int64, before and after; masked: [N, L] bool, where they differ in kind.
+
+    t: [N] float32, the share of the answer that is masked, or its expectation. weight: [N] float32, what the summed
+    log-probabilities of the masked tokens are multiplied by to estimate the bound on the answer's log-likelihood.
+    """
+
+    x0: Tensor
+    xt: Tensor
+    masked: Tensor
+    t: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """Log-likelihood surrogates in nats per latent element (a mean, not a sum: ``-1/2 * weight * error``).
+    """Log-likelihood surrogates in nats per latent element (a mean, not a sum: ``-1/2 * weight * error``), of text in nats per
+    answer (a sum over its tokens).
 
     policy: [B, K] float32 with grad. reference: the same under the reference set, or None. error: [B, K] float32 with grad,
-    mean squared error per element in the model's native space, before weighting. reference_error: the same, or None.
+    mean squared error per element in the model's native space, before weighting; of text minus ``policy`` per answer token.
+    reference_error: the same, or None.
     t: [B, K] float32, time used (mean over draws). anchor: [B, K] float32 with grad, 1/2 * weight * mean squared difference of
     the predictions of policy and base model, for methods that penalise it, else None. importance: [B] float32 or None, what
     the group's loss is multiplied by when its time was drawn from a density that is to be divided out.

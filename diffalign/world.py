@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,6 +91,40 @@ def raise_together(world: World, error: Exception | None, kind: type[Exception] 
         raise error
     if messages:
         raise kind(messages[0])
+
+
+def together(world: World, action: Callable[[], str | None], kind: type[UserError] = UserError) -> list[str]:
+    """The texts of every rank's ``action``, by rank. Where one raises an error of ``kind``, all do; any other is a bug."""
+    text, error = None, None
+    try:
+        text = action()
+    except kind as failure:
+        error = failure
+    raise_together(world, error, kind)
+    return world.gather(text or "")
+
+
+def on_first(world: World, action: Callable[[], str | None], kind: type[UserError] = UserError) -> str:
+    """The text of ``action``, which rank 0 alone does, on all ranks; the others wait for it. Errors are as in ``together``."""
+    return together(world, action if world.rank == 0 else str, kind)[0]
+
+
+@contextmanager
+def left_in_order():
+    """Around a whole command: torch's process group, if there is one, ends while Python still runs.
+
+    A thread of gloo drops the tensors of a collective a moment after it has returned. Where Python is ending by then, that
+    thread is ended inside of a destructor, and C++ aborts the process ("terminate called without an active exception").
+    Destroying the group waits for the thread. NCCL has no such thread, but waits for the other ranks: not where one failed.
+    """
+    try:
+        yield
+    except UserError:
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # --- tensors that FSDP2 has cut: each process holds some rows ---

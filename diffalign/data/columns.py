@@ -8,6 +8,7 @@ Layouts (``prompt`` may also be called ``caption`` or ``text``):
   unpaired         prompt, image, label                          1/true liked, 0/-1/false not
   prompts          prompt alone, or a text file of one a line    for sources that draw every picture
 A picture is its bytes, {"bytes", "path"}, or a path inside the data set's folder; column names may end in ``_file_name``.
+For text the candidates are answers: chosen, rejected; completions (for images); completion (for image).
 """
 
 from __future__ import annotations
@@ -63,13 +64,14 @@ class ImageRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One group. id: the row's number in its data set, whatever was dropped before it. utility: one float32-exact number per
-    image, higher is better. soft: probability that the best is truly preferred, or None for a hard label. models: what drew
-    each picture, where a column says so; else empty. user: who judged, from the column user_id or user, or None."""
+    """One group. id: the row's number in its data set, whatever was dropped before it. images: pictures, or answers where text
+    was asked for. utility: one float32-exact number per image, higher is better. soft: probability that the best is truly
+    preferred, or None for a hard label. models: what drew each picture, where a column says so; else empty. user: who judged,
+    from the column user_id or user, or None."""
 
     id: int
     prompt: str
-    images: tuple[ImageRef, ...]
+    images: tuple[ImageRef | str, ...]
     utility: tuple[float, ...]
     soft: float | None
     where: str
@@ -118,13 +120,14 @@ def has_validation(spec: DataSpec) -> bool:
     return spec.validation is not None or spec.validation_share > 0
 
 
-def read_rows(spec: DataSpec, tally: Tally, *, part: str = "train", seed: int = 0) -> Iterator[Row]:
-    """Rows of ``part`` ("train" or "validation") in file order, ties treated as ``spec.ties`` says.
+def read_rows(spec: DataSpec, tally: Tally, *, part: str = "train", seed: int = 0, texts: bool = False) -> Iterator[Row]:
+    """Rows of ``part`` ("train" or "validation") in file order, ties treated as ``spec.ties`` says. texts: candidates are
+    text.
 
     Raises DataError: unreadable or empty data set, no preference column, a bad row or a tie where those are refused.
     """
     kept = 0
-    for row in _labelled(spec, tally, part):
+    for row in _labelled(spec, tally, part, _text if texts else _image):
         if row.tie and not _keep_tie(spec, tally, row):
             continue
         kept += 1
@@ -192,8 +195,8 @@ def nothing_left(spec: DataSpec, tally: Tally, part: str) -> DataError:
                      f"{tally.unlabelled} without a label" + (f"; first: {tally.bad[0]}" if tally.bad else ""))
 
 
-def _labelled(spec: DataSpec, tally: Tally, part: str) -> Iterator[Row]:
-    """Every well-formed row, ties included; bad ones refused or skipped."""
+def _labelled(spec: DataSpec, tally: Tally, part: str, candidate: Callable) -> Iterator[Row]:
+    """Every well-formed row, ties included; bad ones refused or skipped. candidate: reads a value of a row, as ``_image``."""
     layout = None
     for number, where, root, record in _records(spec, part):
         tally.rows += 1
@@ -206,7 +209,7 @@ def _labelled(spec: DataSpec, tally: Tally, part: str) -> Iterator[Row]:
             if columns.get("has_label") is False:
                 tally.unlabelled += 1
                 continue
-            row = _row(number, where, root, columns, layout)
+            row = _row(number, where, root, columns, layout, candidate)
         except _LayoutError:
             raise
         except DataError as error:
@@ -243,9 +246,9 @@ class _Field(Exception):
     """A value that cannot be used: (column, what is wrong)."""
 
 
-def _row(number: int, where: str, root: Path | None, columns: dict, layout: str) -> Row:
-    def picture(value, column: str) -> ImageRef:
-        return _image(value, column, root, where)
+def _row(number: int, where: str, root: Path | None, columns: dict, layout: str, candidate: Callable) -> Row:
+    def picture(value, column: str) -> ImageRef | str:
+        return candidate(value, column, root, where)
 
     try:
         images, utility, soft = LAYOUTS[layout].read(columns, picture)
@@ -361,9 +364,9 @@ def _layout(spec: DataSpec, columns: dict, record: dict, part: str) -> str:
 
 
 def _canonical(record: dict) -> dict:
-    """Column names without imagefolder's ``_file_name`` ending."""
-    return {re.sub(r"_file_names?$", "", {"file_name": "image", "file_names": "images"}.get(name, name)): value
-            for name, value in record.items()}
+    """Column names without imagefolder's ``_file_name`` ending; answers, as TRL calls them, by the names of pictures."""
+    known = {"file_name": "image", "file_names": "images", "completion": "image", "completions": "images"}
+    return {re.sub(r"_file_names?$", "", known.get(name, name)): value for name, value in record.items()}
 
 
 def _get(columns: dict, name: str):
@@ -400,14 +403,7 @@ def _prompt(columns: dict) -> str:
     name = next((name for name in PROMPTS if columns.get(name) is not None), None)
     if name is None:
         raise _Field("prompt", "missing or empty")
-    value = columns[name]
-    if not isinstance(value, str):
-        raise _Field(name, f"text is needed, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _Field(name, "no valid Unicode text") from None
-    return value
+    return _text(columns[name], name)
 
 
 def _user(columns: dict) -> str | None:
@@ -416,6 +412,16 @@ def _user(columns: dict) -> str | None:
     if isinstance(value, float):
         value = int(value) if value.is_integer() else None if math.isnan(value) else value
     return None if value is None or isinstance(value, (dict, list, bytes)) else str(value) or None
+
+
+def _text(value, column: str, root: Path | None = None, where: str = "") -> str:
+    if not isinstance(value, str):
+        raise _Field(column, f"text is needed, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _Field(column, "no valid Unicode text") from None
+    return value
 
 
 def _image(value, column: str, root: Path | None, where: str) -> ImageRef:

@@ -31,6 +31,7 @@ class LatentJudge:
     batch_size: int = 64
     device: str | None = None
     predicts = False
+    differentiable = True
     forwards = 1  # passes a child: half a denoiser, with the prompt and without
 
     def __post_init__(self):
@@ -40,9 +41,18 @@ class LatentJudge:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, x0: Tensor | None, prompts: Sequence[str], decode: Callable) -> Tensor:
         """Scores [N] float32 on the CPU, in logits."""
-        rows = [slice(start, start + self.batch_size) for start in range(0, len(x), self.batch_size)]
-        scores = torch.cat([self._model(x[part], t[part], prompts[part]).cpu() for part in rows])
+        scores = torch.cat([self._model(x[part], t[part], prompts[part]).cpu() for part in self._parts(x)])
         return torch.where(scores.isfinite(), scores, torch.nan)
+
+    def slope(self, x: Tensor, t: Tensor, x0: Tensor | None, prompts: Sequence[str], decode: Callable) -> Tensor:
+        """Gradient of the scores with respect to the noisy latents, [N, *S]: that of classifier guidance."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            scores = torch.cat([self._model(leaf[part], t[part], prompts[part]) for part in self._parts(x)])
+            return torch.autograd.grad(scores.sum(), leaf)[0]
+
+    def _parts(self, x: Tensor) -> list[slice]:
+        return [slice(start, start + self.batch_size) for start in range(0, len(x), self.batch_size)]
 
     def check_for(self, spec: ModelSpec) -> None:
         """Raises ModelError unless it reads the latents of this base model at its noise levels. Loads no weights."""

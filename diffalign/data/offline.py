@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,27 +13,31 @@ from .. import rng
 from ..types import Batch, Cond
 from .cache import Cache, Group
 from .order import Order, Place
+from .reference import ReferenceErrors
+from .text import Texts
 
 
 class Offline:
     """A source of groups that lie on disk. identity: hash of the data, written into checkpoints.
 
     k: candidates per group (smaller groups are padded with ``valid=False``). groups: groups in the data set. elements:
-    latent numbers per candidate (of the fullest bucket). soft: whether batches carry soft labels. A step takes
-    train_batch_size * gradient_accumulation_steps * world groups.
+    latent numbers per candidate (of the fullest bucket), or tokens of a mean answer. soft: whether batches carry soft labels.
+    A step takes train_batch_size * gradient_accumulation_steps * world groups. reference: the frozen reference's errors of the
+    whole run, measured beforehand, which the batches then bring; may be set until the first step is taken.
     """
 
-    def __init__(self, cache: Cache, *, seed: int, train_batch_size: int, gradient_accumulation_steps: int = 1, rank: int = 0,
-                 world: int = 1, caption_dropout: float = 0.0, random_flip: bool = False, prefetch: bool = True):
+    def __init__(self, cache: Cache | Texts, *, seed: int, train_batch_size: int, gradient_accumulation_steps: int = 1,
+                 rank: int = 0, world: int = 1, caption_dropout: float = 0.0, random_flip: bool = False,
+                 prefetch: bool = True):
         if random_flip and not cache.mirrored:
             raise ValueError("random_flip needs a cache that was built with it")
         self.cache, self.rank, self.world, self.micro_batches = cache, rank, world, gradient_accumulation_steps
         self.order = Order([len(members) for members in cache.members], seed=seed,
                            groups_per_step=train_batch_size * gradient_accumulation_steps * world)
-        self._assemble = _Assembler(cache, seed, caption_dropout, random_flip)
+        self._assemble = cache if isinstance(cache, Texts) else _Assembler(cache, seed, caption_dropout, random_flip)
+        self.reference: ReferenceErrors | None = None
         self.identity, self.k, self.soft, self.groups = cache.identity, cache.k, cache.soft, len(cache)
-        fullest = max(range(len(cache.buckets)), key=lambda i: len(cache.members[i]))
-        self.elements = math.prod(cache.latent(cache.group(cache.members[fullest][0]).images[0])[0].shape)
+        self.elements = cache.elements
         self._ahead: tuple[int, Future] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
 
@@ -68,7 +72,10 @@ class Offline:
         return [self._batch(micro) for micro in place.micro_batches(self.micro_batches)]
 
     def _batch(self, place: Place) -> Batch:
-        return self._assemble(self.cache.members[place.bucket][place.rows], place.visits, place.places)
+        batch = self._assemble(self.cache.members[place.bucket][place.rows], place.visits, place.places)
+        if self.reference is None:
+            return batch
+        return replace(batch, reference_error=self.reference.read(place.places, batch.key))
 
 
 class _FixedBatches(Sequence):
@@ -84,12 +91,12 @@ class _FixedBatches(Sequence):
         return [self._assemble(*cut) for cut in self._cuts[i]] if isinstance(i, slice) else self._assemble(*self._cuts[i])
 
 
-def fixed_batches(cache: Cache, batch_size: int, draws: int = 1, *, seed: int = 0) -> Sequence[Batch]:
+def fixed_batches(cache: Cache | Texts, batch_size: int, draws: int = 1, *, seed: int = 0) -> Sequence[Batch]:
     """Every group once for each of ``draws`` visits (0, 1, ...), never flipped, no caption dropped: the same batches and keys
     whenever they are asked for. A batch holds groups of one bucket and one visit; the last of a bucket may be smaller."""
     cuts = [(members[start:start + batch_size], np.full(len(members[start:start + batch_size]), visit, dtype=np.int64))
             for visit in range(draws) for members in cache.members for start in range(0, len(members), batch_size)]
-    return _FixedBatches(_Assembler(cache, seed, 0.0, False), cuts)
+    return _FixedBatches(cache if isinstance(cache, Texts) else _Assembler(cache, seed, 0.0, False), cuts)
 
 
 class _Assembler:

@@ -24,6 +24,8 @@ class DataSpec:
     unconditional one. validation: a second data set of the same layout for held-out preference accuracy (validation_split:
     its split, null the same as ``split``), or validation_share of the prompts. cache_dir: where latents and text embeddings
     are kept; null puts them beside output_dir. heldout_prompts: text file; ``check`` reports leakage into it.
+    Of text alone: chat_template puts prompts into the tokenizer's template, for a model tuned on dialogues. max_tokens:
+    longest prompt and answer together; null takes the model's own limit. Longer rows are bad rows.
     """
 
     path: str
@@ -49,6 +51,8 @@ class DataSpec:
     cache_dir: str | None = None
     cache_dtype: Literal["float32", "float16"] = "float32"
     encode_batch_size: int = 8
+    chat_template: bool = False
+    max_tokens: int | None = None
 
     def __post_init__(self):
         if not self.path.strip():
@@ -56,7 +60,7 @@ class DataSpec:
         for name in ("caption_dropout", "validation_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        for name in ("max_train_samples", "max_pixels", "encode_batch_size"):
+        for name in ("max_train_samples", "max_pixels", "encode_batch_size", "max_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.validation is not None and self.validation_share:

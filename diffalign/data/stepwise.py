@@ -6,6 +6,8 @@ one state, a judge ranks them, best and worst become a group with the step's exa
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Literal, Protocol
@@ -16,7 +18,7 @@ from torch import Tensor
 from .. import rng
 from ..process.parameterization import like
 from ..process.solver import at, bridge_std, guided, stochastic_step
-from ..rewards import Reward, columns_of, judged
+from ..rewards import Reward, columns_of, identity, judged
 from ..sampling.latents import Sampler
 from ..types import Batch, Cond, Steps
 from .judges import LatentJudge
@@ -30,7 +32,8 @@ class StepJudge(Protocol):
     """(x [N, *S] at levels t [N], x0 [N, *S] or None, prompts) -> [N] float32, higher is better, NaN for what it cannot rank.
 
     predicts: whether it reads the model's prediction of the picture, x0. time, where it has one: "parent" gets it the levels
-    that the children came from. decode: latents -> pictures [N, 3, H, W] in [0, 1].
+    that the children came from. decode: latents -> pictures [N, 3, H, W] in [0, 1]. differentiable, False where it is left
+    out: ``slope``, called alike, is the gradient of the scores with respect to what it reads, x or x0, [N, *S].
     """
 
     predicts: bool
@@ -51,8 +54,25 @@ class PredictedImage:
     predicts = True
 
     def __call__(self, x: Tensor, t: Tensor, x0: Tensor | None, prompts: Sequence[str], decode: Callable) -> Tensor:
-        columns = {"t": t.tolist()} if "t" in columns_of(self.reward) else None
-        return judged(self.reward, list(decode(x0)), prompts, columns)
+        return judged(self.reward, list(decode(x0)), prompts, self._columns(t))
+
+    @property
+    def differentiable(self) -> bool:
+        return self.reward.differentiable
+
+    def identity(self) -> str:
+        """Hash of what pins its scores: a run goes on with the judge it began with."""
+        return hashlib.sha256(json.dumps(identity(self.reward), sort_keys=True, default=str).encode()).hexdigest()
+
+    def slope(self, x: Tensor, t: Tensor, x0: Tensor | None, prompts: Sequence[str], decode: Callable) -> Tensor:
+        """With respect to the predicted latent: the model's own Jacobian is left out (tailorpo.md 7.5)."""
+        with torch.enable_grad():
+            latent = x0.detach().requires_grad_()
+            scores = self.reward(list(decode(latent)), prompts, **self._columns(t))
+            return torch.autograd.grad(scores.nan_to_num(0.0).sum(), latent)[0]
+
+    def _columns(self, t: Tensor) -> dict[str, list[float]]:
+        return {"t": t.tolist()} if "t" in columns_of(self.reward) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +121,8 @@ class Stepwise:
     judge: what ranks the children. candidates: children of a state; best and worst are the pair. threshold: which pairs are
     kept. block: steps that every child goes on its own before it is judged; all of them become pairs (SPO for SDXL: 4, with 2
     children). start, end: steps from a level above start or to one below end are sampled without comparison (SPO: 0.751).
-    continuation: which child goes on: "random" (SPO, LPO) or "best". push: TailorPO-G's winner is moved along the gradient of
-    a differentiable reward by this share of the step's standard deviation (at most 0.2 keeps it typical). updates: optimizer
+    continuation: which child goes on: "random" (SPO, LPO) or "best". push: TailorPO-G's winner is moved along the judge's
+    gradient by this share of the step's standard deviation (at most 0.2 keeps it typical). updates: optimizer
     steps that share a rollout; a checkpoint lies between rollouts.
     """
 
@@ -130,7 +150,7 @@ class Stepwise:
             raise ValueError(f"start must be above end, both noise levels between 0 and 1, got {self.start} and {self.end}")
         if not 0 <= self.push <= 1:
             raise ValueError(f"push must be at least 0 and at most 1 standard deviation, got {self.push}")
-        if self.push and not getattr(getattr(self.judge, "reward", None), "differentiable", False):
+        if self.push and not getattr(self.judge, "differentiable", False):
             raise ValueError("push needs a judge whose reward is differentiable; set it to 0")
         if self.sampler.solver == "ddim":
             raise ValueError("sampler.solver ddim is deterministic (eta 0): children of one state would be equal, and a step "
@@ -147,6 +167,10 @@ class Stepwise:
             places += [n] if inside else []
             n += self.block if inside else 1
         return places
+
+    def finished(self) -> list[int]:
+        """Numbers of the levels whose latents are pictures already: timestep 0, where SPO judges the latents themselves."""
+        return [n for n, t in enumerate(self.sampler.times()) if t < 1.5 / 1000]
 
 
 # --- the source -----------------------------------------------------------------------------------------------------
@@ -251,16 +275,19 @@ class StepwiseSource:
         if limit is None:
             return replace(walk, x=x, raw=None), []
         level = levels[n + count]
-        raw = self._predict(ctx, replace(wide, x=x), level) if spec.judge.predicts else None
+        predicts = spec.judge.predicts and n + count not in spec.finished()
+        raw = self._predict(ctx, replace(wide, x=x), level) if predicts else None
         t = level.expand(len(x))
-        x0 = None if raw is None else ctx.param.to_x0(raw, at(ctx.process, x, t))
+        x0 = x if spec.judge.predicts else None  # a finished latent is its own prediction
+        if raw is not None:
+            x0 = ctx.param.to_x0(raw, at(ctx.process, x, t))
         if getattr(spec.judge, "time", "own") == "parent":
             t = levels[n + count - 1].expand(len(x))
         scores = spec.judge(x, t, x0, wide.prompts, self.decode).float().cpu().view(b, k)
         best, worst, valid = _ends(scores, limit)
         picked = torch.stack([best, worst], 1)
         if spec.push:
-            path[-1] = self._pushed(path[-1], x0, best, wide.prompts, walk.stds[n + count - 1])
+            path[-1] = self._pushed(path[-1], t, x0, best, wide.prompts, walk.stds[n + count - 1])
         chosen = best if spec.continuation == "best" else _any_of(ctx.seed, walk.keys, n, k)
         rows = torch.arange(b)
         after = replace(walk, x=x.view(b, k, *x.shape[1:])[rows, chosen],
@@ -279,15 +306,12 @@ class StepwiseSource:
         numbered = torch.cat([keys, torch.full((len(keys), 1), n + 1)], dim=1)
         return mean + like(std, x) * rng.normal(ctx.seed, "renoise", numbered, tuple(x.shape[1:])).to(x.device)
 
-    def _pushed(self, x: Tensor, x0: Tensor, best: Tensor, prompts: Sequence[str], std: float) -> Tensor:
-        """The winners moved by push * std * sqrt(D) along the reward's gradient with respect to the predicted picture's
-        latent; the model's own Jacobian is left out (tailorpo.md 7.5)."""
+    def _pushed(self, x: Tensor, t: Tensor, x0: Tensor | None, best: Tensor, prompts: Sequence[str], std: float) -> Tensor:
+        """The winners moved by push * std * sqrt(D) along the judge's gradient."""
         b = len(best)
         rows = torch.arange(b) * (len(x) // b) + best
-        with torch.enable_grad():
-            latent = x0[rows].detach().requires_grad_()
-            score = self.spec.judge.reward(list(self.decode(latent)), [prompts[i] for i in rows.tolist()])
-            slope, = torch.autograd.grad(score.nan_to_num(0.0).sum(), latent)
+        slope = self.spec.judge.slope(x[rows], t[rows], None if x0 is None else x0[rows], [prompts[i] for i in rows.tolist()],
+                                      self.decode).to(x.device)
         length = slope.flatten(1).norm(dim=1).clamp(min=1e-12)
         moved = x.clone()
         moved[rows] += like(self.spec.push * std * slope[0].numel() ** 0.5 / length, slope) * slope

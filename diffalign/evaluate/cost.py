@@ -24,7 +24,7 @@ def passes_per_group(recipe, candidates: int) -> int:
     if isinstance(estimator, Transitions):
         draws, inversion = len(source.sampler.times()) - 1, 0  # the last step has no density
     else:
-        draws, inversion = estimator.draws, estimator.noise.forwards
+        draws, inversion = estimator.draws, getattr(getattr(estimator, "noise", None), "forwards", 0)  # text has no noise
     forwards = 1 + BACKWARD + len({*method.reads} - {"policy"}) + inversion
     sampling = source.drawn * source.sampler.forwards if source.drawn else 0
     return (source.k or candidates) * draws * forwards + sampling
@@ -40,7 +40,8 @@ def _stepwise(recipe) -> float:
     walked = forks[-1] + source.block  # states on the way; a judge that predicts has seen those after a fork already
     own = walked if not children else walked - len(forks) + 1
     branches = len(forks) * (source.block - 1) * (source.candidates - 1)
-    rollout = twice * (own + branches + len(forks) * children)
+    predicted = sum(n + source.block not in source.finished() for n in forks) * children
+    rollout = twice * (own + branches + predicted)
     judging = len(forks) * source.candidates * getattr(source.judge, "forwards", 0)
     training = twice * states * (1 + BACKWARD + len({*method.reads} - {"policy"}))
     return training + (rollout + judging) / compared

@@ -29,7 +29,7 @@ PANELS = (
     Panel(title="Preference accuracy", note="share of pairs ordered right; 0.5 is chance", level=0.5,
           lines=(("training pairs", ("accuracy",)),
                  ("held-out pairs", ("validation_accuracy", "heldout_accuracy")))),
-    Panel(title="Margin", note="winner's minus loser's log-ratio, nats per latent element", level=0.0,
+    Panel(title="Margin", note="winner's minus loser's log-ratio, nats per latent element (text: per answer)", level=0.0,
           lines=(("margin", ("margin",)), ("held-out", ("validation_margin", "heldout_margin")))),
     Panel(title="Error change", note="against the reference, below 0 is better denoised; both rising: losers are ruined",
           level=0.0, lines=(("winner", ("win_error_change",)), ("loser", ("lose_error_change",)))),

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..likelihood import Simple, Weighting
+from ..likelihood import MaskedELBO, Simple, Weighting
 from ..methods.base import Context
 from ..objectives import BestWorst
-from ..process import Independent, NoisePlan, Shared, draw_keys
+from ..process import Independent, NoisePlan, Shared, Stratified, draw_keys
 from ..types import Batch, Noised
 from ..world import Single, World
 from .shards import exchange
@@ -40,7 +40,7 @@ def stratified(seed: int, keys: Tensor, draws: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Margins:
-    """Per pair and draw, [P, D] float32 on the CPU, in nats per latent element; mergeable across processes.
+    """Per pair and draw, [P, D] float32 on the CPU, in nats per latent element (text: per answer); mergeable across processes.
 
     policy, reference: winner's minus loser's likelihood surrogate (-1/2 W error) under each set; reference None when there
     is none. win_error, lose_error: policy's error minus the reference's (or the error itself without one). t: times.
@@ -113,9 +113,13 @@ def heldout_preference(ctx: Context, batches: Sequence[Batch], *, draws: int = 8
     margin is the one that is trained. None when no batch holds a pair. world: its processes share the batches, and all have
     the figures of one process, to the last bit.
     """
-    parts = _dealt(batches, lambda batch: vars(measure(ctx, batch, draws, against, weighting)), device, world)
-    parts = [Margins(**{"reference": None, **part}) for part in parts if len(part["policy"])]
-    return summarise(Margins.merge(parts)) if parts else None
+    return _summarised(_dealt(batches, lambda batch: vars(measure(ctx, batch, draws, against, weighting)), device, world))
+
+
+def _summarised(parts: list[dict[str, Tensor]]) -> HeldoutPreference | None:
+    """parts: fields of ``Margins``, one batch each."""
+    margins = [Margins(**{"reference": None, **part}) for part in parts if len(part["policy"])]
+    return summarise(Margins.merge(margins)) if margins else None
 
 
 def _dealt(batches: Sequence[Batch], of: Callable[[Batch], dict[str, Tensor | None]], device, world: World
@@ -161,6 +165,36 @@ def measure(ctx: Context, batch: Batch, draws: int, against: str | None, weighti
     times = torch.stack([part.t.view(batch.groups, batch.k) for part in parts])[:, b, w]
     return Margins(policy=margin(policy), reference=None if reference is None else margin(reference), t=times.T.cpu(),
                    win_error=change[:, b, w].T.float().cpu(), lose_error=change[:, b, l].T.float().cpu())
+
+
+@torch.no_grad()
+def heldout_text(ctx: Context, batches: Sequence[Batch], estimator: MaskedELBO, *, draws: int = 8,
+                 against: str | None = "reference", device=None, world: World = ALONE) -> HeldoutPreference | None:
+    """``heldout_preference`` of a masked language model: bounds in nats per answer, a mask in each of ``draws`` time strata.
+
+    estimator: its form is kept. The change of error is per answer token.
+    """
+    ctx = replace(ctx, seed=rng.integer(ctx.seed, "heldout"))
+    estimator = replace(estimator, draws=draws, masks_per_time=1, share_times=False,
+                        sequence=Stratified(strata=draws) if draws > 1 else estimator.sequence)
+    return _summarised(_dealt(batches, lambda batch: vars(_text_margins(ctx, batch, estimator, against)), device, world))
+
+
+def _text_margins(ctx: Context, batch: Batch, estimator: MaskedELBO, against: str | None) -> Margins:
+    """A row's place in the order of strata is its own number: a measurement does not depend on the cut into batches."""
+    masked = estimator.masked(replace(batch, place=batch.key[:, 0]), ctx)
+    bounds = {name: estimator.bound(estimator.predict(ctx, name, masked, batch), masked, batch)
+              for name in (*filter(None, (against,)), "policy")}  # [D, B, K] each
+    b, w, l = _decided(batch)
+    error = {name: -bound / batch.cond.extra["answer"].sum(2) for name, bound in bounds.items()}
+    change = error["policy"] if against is None else error["policy"] - error[against]
+
+    def margin(bound):
+        return (bound[:, b, w] - bound[:, b, l]).T.cpu()
+
+    return Margins(policy=margin(bounds["policy"]), reference=None if against is None else margin(bounds[against]),
+                   win_error=change[:, b, w].T.cpu(), lose_error=change[:, b, l].T.cpu(),
+                   t=masked.t.view_as(bounds["policy"])[:, b, w].T.cpu())
 
 
 def summarise(margins: Margins) -> HeldoutPreference:

@@ -41,7 +41,7 @@ class Run:
     (``compare.said``). data: hub id or file. rank: of the LoRA, None for a full fine-tune. pairs: distinct training pairs.
     steps: optimizer steps. seconds: of training alone, and of everything. heldout: ``preference.before_and_after(...)``.
     metrics: metrics.jsonl. config: the resolved recipe. command: how to run it again; evaluate_command: the evaluation alone.
-    files: written weights, by name.
+    files: written weights, by name. subject: what the model makes.
     """
 
     title: str
@@ -63,6 +63,7 @@ class Run:
     command: str | None = None
     evaluate_command: str | None = None
     files: tuple[str, ...] = ()
+    subject: str = "pictures"
 
 
 def write_report(folder: Path | str, run: Run, comparison: Comparison | None) -> dict[str, Any]:
@@ -110,8 +111,8 @@ def sentence(run: Run, comparison: Comparison | None) -> str:
     if comparison is not None and comparison.sentence is not None:
         return comparison.sentence
     if run.heldout and run.heldout.get("after") is not None:
-        return f"Held-out preference accuracy is {100 * run.heldout['after']:.1f}%. No judge has compared pictures."
-    return "No judge has compared pictures, so nothing is shown about quality: look at the pictures."
+        return f"Held-out preference accuracy is {100 * run.heldout['after']:.1f}%. No judge has compared {run.subject}."
+    return f"No judge has compared {run.subject}, so nothing is shown about quality: look at the {run.subject}."
 
 
 def write_grids(folder: Path | str, title: str, comparison: Comparison, page: bool = False) -> dict[str, Path]:

@@ -21,7 +21,8 @@ class DenoisingELBO:
     (notation.md section 4). The density of other times is an implicit weight on top, unless they are ``corrected``: with one
     draw the correction multiplies the loss, so that E[link] is that of uniform times; with several it goes into their means.
     ``draws`` times and noises are averaged inside the estimate, hence inside the link. ``sequence``: how the times of a run
-    lie to each other. References see the very same noise and go first, without gradients.
+    lie to each other. References see the very same noise and go first, without gradients; not at all where the batch brings
+    their errors (``Batch.reference_error``).
     """
 
     noise: NoisePlan = Shared()
@@ -43,8 +44,9 @@ class DenoisingELBO:
         against = {against: 1.0} if isinstance(against, str) else dict(against or {})
         noised = self.noised(batch, ctx)
         cond = batch.cond.rows(batch.k, self.draws)
-        raws = {name: self._raw(name, noised, cond, ctx) for name in dict.fromkeys((*against, *filter(None, (anchor,))))}
-        errors = {name: self._error(noised, raws[name], batch, ctx) for name in against}
+        live = against if batch.reference_error is None else {}
+        raws = {name: self._raw(name, noised, cond, ctx) for name in dict.fromkeys((*live, *filter(None, (anchor,))))}
+        errors = {name: self._error(noised, raws[name], batch, ctx) for name in live}
         raw = self._raw("policy", noised, cond, ctx)
         error = self._error(noised, raw, batch, ctx)
         weight = self._fold(self.weighting(noised, ctx.param, ctx.process), batch)
@@ -59,7 +61,10 @@ class DenoisingELBO:
         def surrogate(error: Tensor) -> Tensor:
             return mean(-0.5 * weight * error)
 
-        reference_error = sum(share * errors[name] for name, share in against.items()) if against else None
+        reference_error = None
+        if against:
+            reference_error = (sum(share * errors[name] for name, share in live.items()) if live
+                               else batch.reference_error.movedim(-1, 0))
         distance = None if anchor is None else self._mean_square(raw - raws[anchor], batch)
         return Estimate(
             policy=surrogate(error), error=mean(error), t=self._fold(noised.t, batch).mean(0),
@@ -67,6 +72,12 @@ class DenoisingELBO:
             reference_error=None if reference_error is None else mean(reference_error),
             anchor=None if distance is None else -surrogate(distance),
             importance=None if importance is None else importance[0, :, 0])
+
+    def error(self, name: str, batch: Batch, ctx) -> Tensor:
+        """[B, K, draws], mean squared error per element under one weight set, before weighting."""
+        noised = self.noised(batch, ctx)
+        raw = self._raw(name, noised, batch.cond.rows(batch.k, self.draws), ctx)
+        return self._error(noised, raw, batch, ctx).movedim(0, -1)
 
     def noised(self, batch: Batch, ctx) -> Noised:
         """The noisy candidates of a batch, rows ordered (draw, group, candidate): a function of keys, places and seed."""

@@ -67,6 +67,8 @@ def read_folder(path: Path, name: str, variant: str | None = None) -> Folder:
 
 def _hint(path: Path) -> str:
     inside = sorted(p.name for p in path.iterdir())
+    if "config.json" in inside and "tokenizer.json" in inside:
+        return "A masked diffusion language model (LLaDA) is trained with likelihood.kind=masked"
     if any((path / part).is_dir() for part in WEIGHTED):
         return "Its parts are there, but the file that names them is missing: save it again with pipe.save_pretrained(...)"
     if any(n.endswith((".safetensors", ".ckpt")) for n in inside):

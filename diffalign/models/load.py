@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from .. import _compat  # noqa: F401  (before diffusers)
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from .base import Adapter, Denoiser, unwrap
 from .dit import SD3
 from .encoders import EncoderFacts, Encoders
@@ -279,12 +279,12 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:   # of whichever HTTP library the hub's client uses in this version
         at = f" at revision {revision}" if revision else ""
-        raise ModelError(f"{name}: no such folder here, and the hub did not give it{at} ({_first_line(error)}); check the "
+        raise ModelError(f"{name}: no such folder here, and the hub did not give it{at} ({first_line(error)}); check the "
                          "path, the network, or download it beforehand") from error
 
 
 @contextmanager
-def loading(name: str):
+def loading(name: object):
     """Whatever a library raises on a damaged model becomes one line."""
     try:
         with warnings.catch_warnings():
@@ -292,8 +292,4 @@ def loading(name: str):
             warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
             yield
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{name}: cannot be loaded ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"{name}: cannot be loaded ({first_line(error)})") from error

@@ -49,6 +49,8 @@ def attach(denoiser: Denoiser, lora: LoRA, *, seed: int) -> None:
                               f"the family's default is {list(denoiser.lora_targets)}") from error
     for parameter in trained(module).values():
         parameter.data = parameter.data.float()
+    for layer in adapter_layers(module):  # peft would cast inputs to float32 and autocast back: copies for every layer
+        layer.cast_input_dtype_enabled = False
 
 
 def _check_targets(denoiser: Denoiser, targets: list[str]) -> None:
@@ -136,9 +138,9 @@ def save_lora(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str], 
     files = [folder / f"{STEM}.safetensors", folder / f"{stem}_comfy.safetensors"]
     state = lora_state(denoiser)
     said = {**metadata, "format": "pt", "rank": str(rank)}
-    _write(files[0], _diffusers_layout(denoiser, state, alpha / rank),
+    write_tensors(files[0], _diffusers_layout(denoiser, state, alpha / rank),
            said | {"alpha": str(rank), "trained_alpha": f"{alpha:g}"})
-    _write(files[1], kohya_layout(denoiser, state, alpha),
+    write_tensors(files[1], kohya_layout(denoiser, state, alpha),
            _kohya_metadata(denoiser, rank, alpha) | said | {"alpha": f"{alpha:g}"})
     return files
 
@@ -169,7 +171,8 @@ def _kohya_metadata(denoiser: Denoiser, rank: int, alpha: float) -> dict[str, st
                      "modelspec.sai_model_spec": "1.0.0"}
 
 
-def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, written aside, then renamed."""
     from safetensors.torch import save_file
 
     aside = file.with_name(f".{file.name}.partial")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 LATENT_REWARD = "latent_reward"  # folder of a latent reward model in its run's output_dir
+LANGUAGE_MODEL = "model"  # folder of a fully fine-tuned language model in its run's output_dir
 LARGEST_RANK = 2**14  # above the width of every layer known: more adds nothing
 
 

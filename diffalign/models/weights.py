@@ -58,8 +58,9 @@ class WeightBank:
 
     @classmethod
     def build(cls, denoiser: Denoiser, lora: LoRA | None, *, reads: tuple[str, ...], seed: int,
-              forward_dtype: torch.dtype = torch.float32, rule: Reference = FROZEN) -> WeightBank:
-        """lora: None trains all weights, which must be float32. reads: names of the sets that the method needs.
+              forward_dtype: torch.dtype = torch.float32, rule: Reference = FROZEN, measured: bool = False) -> WeightBank:
+        """lora: None trains all weights, which must be float32. reads: names of the sets that the method needs. measured: a
+        frozen reference's errors come with the batches, so that a full fine-tune keeps no copy of it.
 
         seed: the run's; LoRA is initialised from it. forward_dtype: what autocast computes the policy in; a frozen copy
         stores the weights of its linear and convolution layers in it, the very rounding that autocast makes at each step,
@@ -73,7 +74,8 @@ class WeightBank:
         if moves and lora is None and isinstance(rule, Past):
             raise ConfigError(f"reference: past keeps {rule.keep} checkpoints in memory, which only a LoRA makes small; set "
                               "model.lora, or use reference.kind=moving")
-        needs_origin = ORIGIN in reads or (REFERENCE in reads and not moves) or (moves and rule.needs_origin)
+        kept = tuple(name for name in reads if not (measured and lora is None and name == REFERENCE))
+        needs_origin = ORIGIN in kept or (REFERENCE in kept and not moves) or (moves and rule.needs_origin)
         module = _deterministic(unwrap(denoiser.module))
         frozen = None
         if lora is not None:
@@ -87,7 +89,7 @@ class WeightBank:
         kind = "frozen" if lora is None else "adapter_off"
         if moves:
             kind = f"{type(rule).__name__.lower()}:{kind}"
-        names = (POLICY, CURRENT, *reads, *((ORIGIN,) if needs_origin or lora is not None else ()))
+        names = (POLICY, CURRENT, *kept, *((ORIGIN,) if needs_origin or lora is not None else ()))
         bank = cls(denoiser=denoiser, names=tuple(dict.fromkeys(names)), _bare=module, _frozen=frozen, _trainable=trainable,
                    _adapters=lora_files.adapter_layers(module), rule=rule if moves else Frozen(), _seed=seed,
                    identity=f"{kind}:{denoiser.identity[:12]}" if {REFERENCE, ORIGIN} & set(reads) else "none")
@@ -182,12 +184,14 @@ class WeightBank:
         self._adapters = lora_files.adapter_layers(twin)
 
     def save(self, folder: Path | str, metadata: dict[str, str], *, stem: str = lora_files.STEM) -> None:
-        """Files people can use: the two LoRA files, or ``unet/`` (``transformer/``) for a full fine-tune."""
+        """Files people can use: the LoRA's, or ``unet/`` (``transformer/``, ``model/``) for a full fine-tune."""
         denoiser, module = self.denoiser, self._bare
         if self._twins:  # what ``gather`` has put together
             module = self._twins[0]
             denoiser = replace(denoiser, module=module)
-        if self._adapters:
+        if self._adapters and hasattr(denoiser, "save_lora"):  # of a language model, which diffusers does not load
+            denoiser.save_lora(folder, metadata)
+        elif self._adapters:
             lora_files.save_lora(denoiser, folder, metadata, stem=stem)
         else:
             module.save_pretrained(Path(folder) / denoiser.component, safe_serialization=True)

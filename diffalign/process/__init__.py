@@ -1,7 +1,8 @@
-"""Forward processes, parameterizations, times, noise plans and solver steps."""
+"""Forward processes (Gaussian, masking), parameterizations, times, noise plans and solver steps."""
 
 from .gaussian import Process, RectifiedFlow, VariancePreserving
-from .noise import CURRENT, Independent, Inverted, NoisePlan, ReNoised, Shared, draw_keys
+from .masked import Masking
+from .noise import CURRENT, Independent, Inverted, NoisePlan, ReNoised, Shared, candidate_keys, draw_keys
 from .parameterization import X0, Eps, Parameterization, V, Velocity
 from .sequences import Antithetic, LowDiscrepancy, Random, Sequence, Stratified
 from .times import Discrete, Geometric, LogitNormal, Mixture, Times, Uniform
@@ -11,6 +12,6 @@ TIMES = {"uniform": Uniform, "logit_normal": LogitNormal, "mixture": Mixture, "g
 SEQUENCES = {"random": Random, "stratified": Stratified, "antithetic": Antithetic, "low_discrepancy": LowDiscrepancy}
 
 __all__ = ["CURRENT", "NOISES", "SEQUENCES", "TIMES", "Antithetic", "Discrete", "Eps", "Geometric", "Independent", "Inverted",
-           "LogitNormal", "LowDiscrepancy", "Mixture", "NoisePlan", "Parameterization", "Process", "Random", "ReNoised",
-           "RectifiedFlow", "Sequence", "Shared", "Stratified", "Times", "Uniform", "V", "VariancePreserving", "Velocity",
-           "X0", "draw_keys"]
+           "LogitNormal", "LowDiscrepancy", "Masking", "Mixture", "NoisePlan", "Parameterization", "Process", "Random",
+           "ReNoised", "RectifiedFlow", "Sequence", "Shared", "Stratified", "Times", "Uniform", "V", "VariancePreserving",
+           "Velocity", "X0", "candidate_keys", "draw_keys"]

@@ -27,7 +27,7 @@ def draw_keys(key: Tensor, draws: int) -> Tensor:
     return torch.cat([key.cpu().repeat(draws, 1), numbers[:, None]], dim=1)
 
 
-def _candidate_keys(batch: Batch, keys: Tensor) -> Tensor:
+def candidate_keys(batch: Batch, keys: Tensor) -> Tensor:
     """[draws*B*K, 4]: a key for each candidate."""
     candidate = torch.arange(batch.k).repeat(len(keys))[:, None]
     return torch.cat([keys.repeat_interleave(batch.k, dim=0), candidate], dim=1)
@@ -60,7 +60,7 @@ class Independent:
 
     def draw(self, batch: Batch, ctx, keys: Tensor, t: Tensor) -> Noised:
         x0, t = _rows(batch, keys, t)
-        eps = rng.normal(ctx.seed, "noise", _candidate_keys(batch, keys), tuple(batch.x0.shape[2:]))
+        eps = rng.normal(ctx.seed, "noise", candidate_keys(batch, keys), tuple(batch.x0.shape[2:]))
         return ctx.process.noise(x0, t, eps.to(x0.device, non_blocking=True))
 
 
@@ -125,7 +125,7 @@ def _invert(batch: Batch, ctx, keys: Tensor, t: Tensor, steps: int, eta: float =
     first = ctx.process.snap(torch.zeros_like(t))  # a VAE's latent is taken to lie on the first level, not beyond it
     fractions = torch.linspace(0, 1, steps + 1).tolist()
     levels = [ctx.process.snap(first + (t - first) * f) for f in fractions[:-1]] + [t]
-    x, candidates = x0, _candidate_keys(batch, keys) if eta else None
+    x, candidates = x0, candidate_keys(batch, keys) if eta else None
     for number, (low, high) in enumerate(zip(levels, levels[1:])):
         after = _step(ctx, x, low, high, cond, again)
         if eta:

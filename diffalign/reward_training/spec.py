@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..data.spec import DataSpec
+from ..models.spec import ModelSpec
 from ..rewards.base import Reward
 from ..rewards.heads import BradleyTerry, Head
 
@@ -32,13 +33,29 @@ class RewardLora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepSpec:
+    """Makes the reward step-aware (SPO, arXiv 2406.04314): its picture tower learns the noise level, and sees in place of a
+    picture what ``model`` predicts of it from that level, at guidance_scale. The two pictures of a pair share level and noise;
+    levels are uniform.
+    """
+
+    model: ModelSpec
+    guidance_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale must not be negative, got {self.guidance_scale}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardRecipe:
     """A reward to be trained: ``output_dir``/reward gets config.json, model.safetensors and reward.json.
 
     backbone: a CLIP in transformers' layout, folder or hub id (backbone_revision pins it). data: pairs, soft labels or ranked
     groups (all pairs of a group); its validation part is held out and only measured; ties are dropped, or with data.ties=soft
     kept as targets of one half. head: bradley_terry, pal_angle or pal_distance. features: "frozen" encodes every picture and
-    prompt once and keeps the features in memory; "lora" trains low-rank updates of both towers, too.
+    prompt once and keeps the features in memory; "lora" trains low-rank updates of both towers, too, "whole" all their
+    weights with the recipe's learning_rate. steps: a step-aware reward.
     epochs: at most; stop_share: share of the training prompts set apart to stop early, patience: epochs without a lower loss
     there (the best epoch is kept); 0 of either trains all epochs and keeps the last. balance: every pair, prompt or user
     weighs the same. compare: rewards whose agreement with the held-out labels is reported beside.
@@ -49,7 +66,8 @@ class RewardRecipe:
     data: DataSpec
     backbone_revision: str | None = None
     head: Head = BradleyTerry()
-    features: Literal["frozen", "lora"] = "frozen"
+    features: Literal["frozen", "lora", "whole"] = "frozen"
+    steps: StepSpec | None = None
     lora: RewardLora = RewardLora()
     epochs: int = 30
     learning_rate: float = 1e-3
@@ -69,6 +87,10 @@ class RewardRecipe:
             raise ValueError("output_dir is empty; give a folder for the reward's files")
         if not self.backbone.strip():
             raise ValueError("backbone is empty; give the folder or hub id of a CLIP")
+        if self.steps is not None and self.features == "frozen":
+            raise ValueError("features is frozen, but a step-aware reward learns to see: use lora or whole")
+        if self.steps is not None and self.head.pluralistic:
+            raise ValueError("steps and a pluralistic head exclude each other; leave one of them out")
         for name in ("epochs", "batch_size", "encode_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -29,6 +29,7 @@ from ..rewards.towers import ClipSource
 from ..rewards.weights import on_device, sha256
 from .accuracy import accuracy, calibration
 from .pairs import Pairs, balanced, decoded, read_pairs, set_apart
+from .predicted import Predicted
 from .spec import RewardRecipe
 
 Printer = Callable[[str], None]
@@ -54,7 +55,9 @@ def train_reward(recipe: RewardRecipe, printer: Printer = print) -> dict:
     torch.manual_seed(recipe.seed)
     source = _source(recipe)
     try:
-        backbone = load_backbone(source, on_device(recipe.device))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.integer(recipe.seed, "reward_time"))
+            backbone = load_backbone(source, on_device(recipe.device), step_aware=recipe.steps is not None)
         trainer = Trainer(recipe, backbone, printer)
         trainer.fit()
         report = trainer.report(seconds=time.monotonic() - began)
@@ -64,7 +67,7 @@ def train_reward(recipe: RewardRecipe, printer: Printer = print) -> dict:
     folder = Path(recipe.output_dir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     save_reward(folder, head=recipe.head, module=trainer.head, changed=trainer.changed(), users=trainer.users, source=source,
-                init=trainer.init)
+                init=trainer.init, time=backbone.time)
     write_json(folder / REPORT, report)
     printer(report["sentence"])
     return report
@@ -93,7 +96,7 @@ class Trainer:
         pairs = read_pairs(recipe.data, self.tally, part="train", seed=recipe.seed)
         self.held = read_pairs(replace(recipe.data, ties="soft"), self.held_tally, part="validation", seed=recipe.seed)
         self.users = self._users(pairs)
-        self.features = Frozen(backbone) if recipe.features == "frozen" else Live(backbone)
+        self.features = _features(recipe, backbone)
         pairs = self._readable(self.features.add("train", pairs, recipe, self.tally), pairs, "train")
         self.held = self._readable(self.features.add("held", self.held, recipe, self.held_tally), self.held, "validation")
         self.train, self.stop = set_apart(pairs, recipe.stop_share if recipe.patience else 0.0, recipe.seed)
@@ -102,6 +105,10 @@ class Trainer:
         self.head = self._start()
         self.init = self._hash()
         self.lora = attach_lora(backbone, recipe) if recipe.features == "lora" else []
+        if recipe.features == "whole":
+            backbone.clip.requires_grad_(True)
+        if backbone.time is not None:
+            backbone.time.requires_grad_(True)
         self.epochs: list[Epoch] = []
 
     def fit(self) -> None:
@@ -127,11 +134,14 @@ class Trainer:
     def margins(self, pairs: Pairs, part: str) -> np.ndarray:
         """Score of the first minus of the second picture, [P] float64, in log odds."""
         with torch.no_grad():
-            rows = [self._margin(pairs, part, rows) for rows in _chunks(np.arange(len(pairs)), self.recipe.encode_batch_size)]
-        return torch.cat(rows).double().cpu().numpy() if rows else np.zeros(0)
+            margins = [self._margin(pairs, part, rows, 0)
+                       for rows in _chunks(np.arange(len(pairs)), self.recipe.encode_batch_size)]
+        return torch.cat(margins).double().cpu().numpy() if margins else np.zeros(0)
 
     def changed(self) -> dict[str, Tensor]:
-        """The backbone's layers that LoRA changed, whole, by the CLIPModel's names; call once, after training."""
+        """The backbone's layers that training changed, whole, by the CLIPModel's names; call once, after training."""
+        if self.recipe.features == "whole":
+            return {name: value.detach().clone() for name, value in self.backbone.clip.state_dict().items()}
         return {f"{name}.weight": merged(layer) for name, layer in self.lora}
 
     def report(self, *, seconds: float) -> dict:
@@ -190,7 +200,7 @@ class Trainer:
         recipe = self.recipe
         fast = [p for name, p in self.head.named_parameters() if name in ("user_logits", "points")]
         slow = [p for name, p in self.head.named_parameters() if name not in ("user_logits", "points")]
-        groups = [{"params": slow, "lr": recipe.learning_rate}]
+        groups = [{"params": [*slow, *self._towers()], "lr": recipe.learning_rate}]
         if fast:  # a user's weights are choices, which decay would pull to the even mixture
             groups.append({"params": fast, "lr": recipe.head.user_learning_rate, "weight_decay": 0.0})
         if self.lora:
@@ -199,7 +209,12 @@ class Trainer:
         return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
 
     def _trained(self) -> list[nn.Parameter]:
-        return [*self.head.parameters(), *(p for _, layer in self.lora for p in lora_parameters(layer))]
+        return [*self.head.parameters(), *self._towers(), *(p for _, layer in self.lora for p in lora_parameters(layer))]
+
+    def _towers(self) -> list[nn.Parameter]:
+        """The backbone's parameters that are trained as they are."""
+        time = [] if self.backbone.time is None else list(self.backbone.time.parameters())
+        return [*time, *(self.backbone.clip.parameters() if self.recipe.features == "whole" else ())]
 
     def _state(self) -> list[Tensor]:
         return copy.deepcopy([parameter.detach() for parameter in self._trained()])
@@ -222,7 +237,7 @@ class Trainer:
         loss_of, total = LOSSES[getattr(self.recipe.head, "loss", "logistic")], 0.0
         for rows in _chunks(order, self.recipe.batch_size):
             index = torch.from_numpy(rows).to(self.backbone.device)
-            losses = loss_of(self._margin(self.train, "train", rows), target[index])
+            losses = loss_of(self._margin(self.train, "train", rows, number), target[index])
             loss = (weights[index] * losses).mean()
             if not loss.isfinite():
                 raise ModelError(f"epoch {number}: the loss is not finite; lower learning_rate, {self.recipe.learning_rate:g}")
@@ -235,9 +250,9 @@ class Trainer:
             total += float(loss.detach()) * len(rows)
         return total / len(order)
 
-    def _margin(self, pairs: Pairs, part: str, rows: np.ndarray) -> Tensor:
-        """[B], with gradient where it is on."""
-        first, second, text = self.features(part, pairs, rows)
+    def _margin(self, pairs: Pairs, part: str, rows: np.ndarray, visit: int) -> Tensor:
+        """[B], with gradient where it is on. visit: 1 and on in training; 0 is how pairs are measured."""
+        first, second, text = self.features(part, pairs, rows, visit)
         user = None
         if self.recipe.head.pluralistic:
             seen = {name: row for row, name in enumerate(self.users)}
@@ -294,8 +309,8 @@ class Frozen:
         self.parts[part] = torch.cat(rows), torch.cat(texts)
         return good
 
-    def __call__(self, part: str, pairs: Pairs, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of both pictures and the prompt of the pairs ``rows``, [B, D] each."""
+    def __call__(self, part: str, pairs: Pairs, rows: np.ndarray, visit: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of both pictures and the prompt of the pairs ``rows``, [B, D] each. visit: keys what is random."""
         images, texts = self.parts[part]
         return images[pairs.first[rows]], images[pairs.second[rows]], texts[pairs.prompt[rows]]
 
@@ -311,13 +326,43 @@ class Live:
         self.spec = recipe.data
         return np.array([image is not None for image in decoded(pairs.pictures, recipe.data, tally)], bool)
 
-    def __call__(self, part: str, pairs: Pairs, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, part: str, pairs: Pairs, rows: np.ndarray, visit: int) -> tuple[Tensor, Tensor, Tensor]:
         numbers, place = np.unique(np.concatenate([pairs.first[rows], pairs.second[rows]]), return_inverse=True)
         images = decoded([pairs.pictures[i] for i in numbers], self.spec, Tally())
         features = self.backbone.images(torch.stack([self.backbone.preprocess(image) for image in images]))
+        return features[place[: len(rows)]], features[place[len(rows) :]], self._texts(pairs, rows)
+
+    def _texts(self, pairs: Pairs, rows: np.ndarray) -> Tensor:
         prompts, which = np.unique(pairs.prompt[rows], return_inverse=True)
-        texts = self.backbone.texts([pairs.prompts[i] for i in prompts])
-        return features[place[: len(rows)]], features[place[len(rows) :]], texts[which]
+        return self.backbone.texts([pairs.prompts[i] for i in prompts])[which]
+
+
+class Noisy(Live):
+    """The same of what a denoiser predicts from the noised pictures; level and noise belong to (pair, visit)."""
+
+    def __init__(self, backbone: Backbone, predicted: Predicted, seed: int):
+        super().__init__(backbone)
+        self.predicted, self.seed = predicted, seed
+
+    def __call__(self, part: str, pairs: Pairs, rows: np.ndarray, visit: int) -> tuple[Tensor, Tensor, Tensor]:
+        sides = [list(decoded([pairs.pictures[i] for i in side[rows]], self.spec, Tally()))
+                 for side in (pairs.first, pairs.second)]
+        x0 = [self.predicted.latents(torch.stack([self.predicted.fit.unit(image) for image in side])) for side in sides]
+        key = torch.from_numpy(np.stack([pairs.first[rows], pairs.second[rows], np.full(len(rows), visit)], 1))
+        t = rng.uniform(self.seed, "reward_level", key)
+        noise = rng.normal(self.seed, "reward_noise", key, tuple(x0[0].shape[1:]))
+        noised = self.predicted.noised(torch.cat(x0), t.repeat(2), noise.repeat(2, 1, 1, 1))
+        pictures = self.predicted(noised, 2 * [pairs.prompts[i] for i in pairs.prompt[rows]])
+        ready = torch.stack([self.backbone.preprocess(picture) for picture in pictures])
+        return *self.backbone.images(ready, noised.t).chunk(2), self._texts(pairs, rows)
+
+
+def _features(recipe: RewardRecipe, backbone: Backbone) -> Frozen | Live:
+    if recipe.features == "frozen":
+        return Frozen(backbone)
+    if recipe.steps is None:
+        return Live(backbone)
+    return Noisy(backbone, Predicted(recipe.steps.model, recipe.steps.guidance_scale, backbone.device), recipe.seed)
 
 
 def attach_lora(backbone: Backbone, recipe: RewardRecipe) -> list[tuple[str, nn.Module]]:

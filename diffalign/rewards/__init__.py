@@ -9,7 +9,7 @@ from .clip import ClipScore, HPSv2, PickScore
 from .hpsv3 import HPSv3
 from .image_reward import ImageReward
 from .latent import Latent
-from .learned import Learned, Pal
+from .learned import Learned, Pal, StepAware
 from .mps import MPS
 from .ocr import TextRendering
 from .remote import RemoteReward, VLMJudge
@@ -28,6 +28,7 @@ REWARDS = {
     "calibrated": Calibrated,
     "learned": Learned,
     "pal": Pal,
+    "step_aware": StepAware,
     "clip": ClipScore,
     "pickscore": PickScore,
     "hpsv2": HPSv2,

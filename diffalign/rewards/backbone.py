@@ -11,17 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..models.load import loading
 from .preprocess import Preprocess
+from .step_aware import TimeConditioning
 from .towers import ClipSource, clip_tokenizer
-from .weights import loading
 
 
 class Backbone(nn.Module):
-    """A transformers CLIPModel in float32 and its tokenizer; features are [N, width] of length 1."""
+    """A transformers CLIPModel in float32 and its tokenizer; features are [N, width] of length 1. time: if step-aware."""
 
-    def __init__(self, model: nn.Module, folder: Path):
+    def __init__(self, model: nn.Module, folder: Path, time: TimeConditioning | None = None):
         super().__init__()
-        self.clip = model
+        self.clip, self.time = model, time
         self.tokenize = clip_tokenizer(folder, model.config.text_config.max_position_embeddings)
         self.preprocess = Preprocess(size=model.config.vision_config.image_size)
 
@@ -33,17 +34,23 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         return self.clip.logit_scale.device
 
-    def images(self, pictures: Tensor) -> Tensor:
-        """[N, 3, S, S] as ``preprocess`` gives them -> [N, width], with gradient to the pictures."""
-        return F.normalize(_pooled(self.clip.get_image_features(pixel_values=pictures.to(self.device))).float(), dim=-1)
+    def images(self, pictures: Tensor, t: Tensor | None = None) -> Tensor:
+        """[N, 3, S, S] as ``preprocess`` gives them -> [N, width], with gradient to the pictures. t: [N] noise levels, of a
+        step-aware one."""
+        pictures = pictures.to(self.device)
+        if self.time is not None:
+            return F.normalize(self.time.pooled(self.clip, pictures, t.to(self.device)).float(), dim=-1)
+        return F.normalize(_pooled(self.clip.get_image_features(pixel_values=pictures)).float(), dim=-1)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """N texts, cut at the model's length -> [N, width]."""
         return F.normalize(_pooled(self.clip.get_text_features(self.tokenize(prompts).to(self.device))).float(), dim=-1)
 
 
-def load_backbone(source: ClipSource, device: torch.device, changed: Mapping[str, Tensor] | None = None) -> Backbone:
-    """Frozen, in eval mode. changed: tensors by the CLIPModel's names that replace its own. Raises ModelError."""
+def load_backbone(source: ClipSource, device: torch.device, changed: Mapping[str, Tensor] | None = None, *,
+                  step_aware: bool = False) -> Backbone:
+    """Frozen, in eval mode. changed: tensors by the CLIPModel's names that replace its own. step_aware: with the start of a
+    time conditioning, which changes nothing yet. Raises ModelError."""
     from transformers import CLIPModel
     from transformers.utils import logging
 
@@ -56,7 +63,7 @@ def load_backbone(source: ClipSource, device: torch.device, changed: Mapping[str
         finally:
             if before:
                 logging.enable_progress_bar()
-        backbone = Backbone(model, source.tokenizer_folder)
+        backbone = Backbone(model, source.tokenizer_folder, TimeConditioning.of(model) if step_aware else None)
     _replace(model, changed or {}, source.model)
     return backbone.to(device).eval().requires_grad_(False)
 

@@ -28,9 +28,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import _compat  # noqa: F401  (before transformers)
 from ..errors import ConfigError, ModelError
+from ..models.folder import read_json
+from ..models.load import loading
 from .base import as_pil
 from .preprocess import DEVIATION, MEAN, UNREADABLE
-from .weights import check_shapes, loading, local_file, model_folder, on_device, read_json, sha256, shapes
+from .weights import check_shapes, local_file, model_folder, on_device, sha256, shapes
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +132,7 @@ class HPSv3:
         """The backbone's configuration with as many tokens as the weights have."""
         from transformers import Qwen2VLConfig
 
-        read_json(self._folder / "config.json")
+        read_json(self._folder / "config.json", self.backbone)
         with loading(self.backbone):
             config = Qwen2VLConfig.from_pretrained(self._folder, local_files_only=True)
         rows = {_own(name): shape for name, shape in shapes([self._file]).items()}.get("language_model.embed_tokens.weight")
@@ -150,7 +152,7 @@ class HPSv3:
             tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
             tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
         if tokenizer.chat_template is None:
-            tokenizer.chat_template = read_json(self._folder / "chat_template.json").get("chat_template")
+            tokenizer.chat_template = read_json(self._folder / "chat_template.json", self.backbone).get("chat_template")
         rows = self._config.get_text_config().vocab_size
         if len(tokenizer) != rows:   # the authors cut the embedding to the tokenizer's length, the new token being the last
             raise ModelError(f"{self.backbone}: its tokenizer has {len(tokenizer)} tokens with {REWARD_TOKEN}, the weights "

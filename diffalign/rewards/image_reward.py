@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from .. import _compat  # noqa: F401  (before transformers)
 from ..errors import ModelError
+from ..models.load import loading
 from .preprocess import Preprocess, score_batches
-from .weights import check_shapes, loading, local_file, model_folder, on_device, sha256, shapes, tensors
+from .weights import check_shapes, local_file, model_folder, on_device, sha256, shapes, tensors
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072   # of the head's output over the authors' data
 LONGEST = 35          # tokens; the rest of a long prompt never counts

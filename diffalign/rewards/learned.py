@@ -18,13 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
+from ..models.folder import read_json
+from ..models.load import loading
 from .average import CONFIG, WEIGHTS, save_weights
 from .backbone import Backbone, check_backbone, load_backbone
 from .heads import BradleyTerry, Head
 from .pal import PalAngle, PalDistance, fit_user
 from .preprocess import score_batches
+from .step_aware import TimeConditioning
 from .towers import ClipSource, distinct_features
-from .weights import loading, on_device, read_json, sha256, shapes, tensors
+from .weights import on_device, sha256, shapes, tensors
 
 FORMAT = 1
 HEADS: dict[str, type] = {"bradley_terry": BradleyTerry, "pal_angle": PalAngle, "pal_distance": PalDistance}
@@ -62,10 +65,15 @@ class _Learned:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
     differentiable = True
+    step_aware = False
 
     def check(self) -> None:
         """Raises ModelError unless the folder is whole and its backbone is the one it was trained on; nothing is loaded."""
         source, facts = self._source, self._facts
+        if self.step_aware != facts.get("step_aware", False):
+            kind = "learned" if self.step_aware else "step_aware"
+            raise ModelError(f"{self.path}: is {'no' if self.step_aware else 'a'} reward that reads the noise level; read it "
+                             f"with the reward kind {kind}")
         check_backbone(source)
         if facts["backbone_sha256"] != sha256(source.files):
             raise ModelError(f"{self.path}: was trained on other weights than those of {source.model}; give the right CLIP "
@@ -95,29 +103,31 @@ class _Learned:
     def trained(self) -> TrainedHead:
         """Everything, loaded, float32, frozen."""
         self.check()
-        weights = tensors(Path(self.path) / WEIGHTS)
-        changed = {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}
-        backbone = load_backbone(self._source, on_device(self.device), changed)
+        file = Path(self.path) / WEIGHTS
+        backbone = load_backbone(self._source, on_device(self.device), tensors(file, "backbone."), step_aware=self.step_aware)
         users = self._facts["users"]
         head = self._head_options.make(backbone.width, 0.0, users)
         with loading(self.path):
-            head.load_state_dict({name.removeprefix("head."): value for name, value in weights.items()
-                                  if name.startswith("head.")})
+            head.load_state_dict(tensors(file, "head."))
+            if backbone.time is not None:
+                backbone.time.load_state_dict(tensors(file, "time."))
         head = head.to(backbone.device).eval().requires_grad_(False)
         return TrainedHead(backbone=backbone, head=head, users={user: row for row, user in enumerate(users)})
 
-    def _score(self, images: Any, prompts: Sequence[str], weights: Tensor | None) -> Tensor:
-        """weights [N, K] of the pictures' users, or None."""
+    def _score(self, images: Any, prompts: Sequence[str], weights: Tensor | None, levels: Sequence[float] = ()) -> Tensor:
+        """weights [N, K] of the pictures' users, or None. levels: N, of a step-aware reward."""
         trained, backbone = self.trained, self.trained.backbone
         texts = distinct_features(backbone.texts, prompts, self.batch_size)
 
-        def score(pictures: Tensor, rows: Sequence[tuple[str, Tensor | None]]) -> Tensor:
-            text = torch.stack([texts[prompt] for prompt, _ in rows])
-            user = None if weights is None else torch.stack([weight for _, weight in rows])
-            return trained.head(backbone.images(pictures), text, user)
+        def score(pictures: Tensor, rows: Sequence[tuple[str, Tensor | None, float | None]]) -> Tensor:
+            text = torch.stack([texts[prompt] for prompt, _, _ in rows])
+            user = None if weights is None else torch.stack([weight for _, weight, _ in rows])
+            t = torch.tensor([level for _, _, level in rows]) if levels else None
+            return trained.head(backbone.images(pictures, t), text, user)
 
         each = [None] * len(prompts) if weights is None else list(weights)
-        return score_batches(score, backbone.preprocess, list(images), list(zip(prompts, each, strict=True)), self.batch_size)
+        rows = list(zip(prompts, each, levels or [None] * len(prompts), strict=True))
+        return score_batches(score, backbone.preprocess, list(images), rows, self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +149,25 @@ class Learned(_Learned):
         if found.pluralistic:
             raise ModelError(f"{self.path}: is a pluralistic reward; read it with the reward kind pal")
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepAware(Learned):
+    """SPO's judge (arXiv 2406.04314): a Bradley-Terry reward of the picture that a denoiser predicts at the level ``t``.
+
+    ``train-reward`` makes one where the recipe has ``steps``. In a rollout (``source.judge.kind=predicted_image``) the level
+    is the child's own; elsewhere it is a column.
+    """
+
+    step_aware = True
+    columns = ("t",)
+    name = "step_aware"
+
+    def __call__(self, images: Any, prompts: Sequence[str], t: Sequence[float] = ()) -> Tensor:
+        """[N] float32 in log odds. t: N noise levels in (0, 1]."""
+        if len(t) != len(prompts):
+            raise ValueError(f"{len(t)} noise levels for {len(prompts)} prompts: pass one a picture")
+        return self._score(images, prompts, None, list(t))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,15 +239,17 @@ class Pal(_Learned):
 
 
 def save_reward(folder: Path, *, head: Head, module: nn.Module, changed: dict[str, Tensor], users: Sequence[str],
-                source: ClipSource, init: str) -> None:
+                source: ClipSource, init: str, time: TimeConditioning | None = None) -> None:
     """config.json and model.safetensors, each whole or absent. changed: trained layers by the CLIPModel's names. init: hash of
-    all weights before the first step, which averaging compares.
+    all weights before the first step, which averaging compares. time: of a step-aware reward.
     """
     weights = {f"head.{name}": value for name, value in module.state_dict().items()}
     weights |= {f"backbone.{name}": value for name, value in changed.items()}
+    weights |= {} if time is None else {f"time.{name}": value for name, value in time.state_dict().items()}
     save_weights(weights, folder / WEIGHTS, {"init": init})  # one key: their order is not kept
     facts = {"format": FORMAT, "backbone": source.model, "backbone_revision": source.revision,
-             "backbone_sha256": sha256(source.files), "head": {"kind": kind_of(head), **asdict(head)}, "users": list(users)}
+             "backbone_sha256": sha256(source.files), "head": {"kind": kind_of(head), **asdict(head)}, "users": list(users),
+             "step_aware": time is not None}
     aside = folder / f".{CONFIG}.tmp"
     aside.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     aside.replace(folder / CONFIG)
@@ -232,7 +263,7 @@ def read_facts(folder: Path) -> dict:
     """config.json of a trained reward. Raises ModelError for anything else."""
     if not folder.is_dir():
         raise ModelError(f"path: there is no folder {folder}; diffalign train-reward writes one")
-    facts = read_json(folder / CONFIG)
+    facts = read_json(folder / CONFIG, str(folder))
     if facts.get("format") != FORMAT:
         raise ModelError(f"{folder}: config.json is of format {facts.get('format')!r}, this version reads {FORMAT}")
     kinds = {"backbone": str, "backbone_sha256": str, "head": dict, "users": list}

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.load import loading
 from .preprocess import Preprocess, score_batches
 from .towers import TOKENIZER, check_tokenizer, clip_tokenizer, distinct_features, empty_clip
-from .weights import check_shapes, loading, local_file, model_folder, on_device, prefix_before, sha256, shapes, tensors
+from .weights import check_shapes, local_file, model_folder, on_device, prefix_before, sha256, shapes, tensors
 
 CONDITION = ("light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
              "texture, quantity, attributes, position, number, location, word, things.")

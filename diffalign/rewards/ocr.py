@@ -18,11 +18,13 @@ from torch import Tensor
 
 from .. import _compat  # noqa: F401  (before transformers)
 from ..errors import ModelError
+from ..models.folder import read_json
+from ..models.load import loading
 from .base import as_pil
 from .preprocess import UNREADABLE
 from .remote import Reading, exchange
 from .service import Service
-from .weights import folder_weights, loading, model_folder, on_device, read_json, sha256, shapes
+from .weights import folder_weights, model_folder, on_device, sha256, shapes
 
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
@@ -74,7 +76,7 @@ class TextRendering:
         """Raises ModelError for a folder that holds no such model, ServiceError for a service that does not answer."""
         if self.service is not None:
             return self.service.check()
-        if read_json(self._folder / "config.json").get("model_type") != "vision-encoder-decoder":
+        if read_json(self._folder / "config.json", self.model).get("model_type") != "vision-encoder-decoder":
             raise ModelError(f"{self.model}: is not a VisionEncoderDecoder model (config.json, model_type)")
         shapes(folder_weights(self._folder, self.model))
 

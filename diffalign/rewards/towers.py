@@ -13,19 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, ModelError
-from .weights import (
-    check_shapes,
-    folder_weights,
-    loading,
-    local_file,
-    model_folder,
-    on_device,
-    prefix_before,
-    read_json,
-    sha256,
-    shapes,
-    tensors,
-)
+from ..models.folder import read_json
+from ..models.load import loading
+from .weights import check_shapes, folder_weights, local_file, model_folder, on_device, prefix_before, sha256, shapes, tensors
 
 FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json")
@@ -160,7 +150,7 @@ def empty_clip(folder: Path) -> Any:
     """transformers' CLIPModel of a folder's config.json, without memory for its weights."""
     from transformers import CLIPConfig, CLIPModel
 
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", str(folder))
     if config.get("model_type") != "clip":
         raise ModelError(f"{folder}: config.json says model_type {config.get('model_type')!r}, this reward needs 'clip'")
     with loading(folder / "config.json"), torch.device("meta"):

@@ -6,19 +6,16 @@ A wrong path, a pickle, a truncated file and a tensor of the wrong shape are eac
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, first_line
+from ..models.folder import PICKLES, content
+from ..models.load import download
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 GUIDE = "docs/rewards.md has the line that converts it"
 TEXT_PARTS = ("text_", "token_embedding", "positional_embedding", "transformer.", "ln_final")
 
@@ -54,18 +51,7 @@ def model_folder(name: str, revision: str | None, patterns: Iterable[str]) -> Pa
         if revision:
             raise ConfigError(f"revision {revision} is set, but {name} is a folder here; a revision belongs to a hub id")
         return folder
-    return _download(name, revision, list(patterns))
-
-
-def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:   # of whichever HTTP library the hub's client uses in this version
-        at = f" at revision {revision}" if revision else ""
-        raise ModelError(f"{name}: no such folder here, and the hub did not give it{at} ({first_line(error)}); check the "
-                         "path, the network, or download it beforehand") from error
+    return download(name, revision, list(patterns))
 
 
 def folder_weights(folder: Path, name: str) -> list[Path]:
@@ -77,19 +63,6 @@ def folder_weights(folder: Path, name: str) -> list[Path]:
         raise ModelError(f"{name}: holds only pickle weights ({pickles[0]}), which can run code; convert them once, where you "
                          "trust them: CLIPModel.from_pretrained(OLD).save_pretrained(NEW)")
     raise ModelError(f"{name}: holds no model.safetensors")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ModelError naming the file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{file} is missing") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} is not readable JSON ({first_line(error)})") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} is not a JSON object")
-    return content
 
 
 def shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
@@ -139,28 +112,5 @@ def check_shapes(found: Mapping[str, tuple], wanted: Mapping[str, tuple], where:
 
 def sha256(files: Iterable[Path]) -> str:
     """Hex SHA-256 of one file, or over the digests of several in the order of their names."""
-    digests = [_digest(file, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    digests = [content(file) for file in sorted(files)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-@lru_cache(maxsize=64)
-def _digest(file: Path, size: int, mtime: int) -> str:
-    """Read once as long as size and time stay."""
-    total = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while block := handle.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
-
-
-@contextmanager
-def loading(where: object):
-    """Whatever a library raises on a damaged model becomes one line."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{where}: cannot be loaded ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

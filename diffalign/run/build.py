@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ..rewards import Reward, identity
 from ..train import make_accelerator
 from ..train.checkpoint import check_writable, claim
 from ..train.spec import TrainSpec
-from ..world import world_of
+from ..world import on_first, world_of
 from .words import Printer, silent
 
 FACTS, WORK = "build.json", "work"
@@ -45,26 +46,33 @@ def build(spec: BuildSpec, printer: Printer = silent) -> dict:
     accelerator = make_accelerator(TrainSpec(mixed_precision="no", cpu=spec.cpu), folder)
     world, main = world_of(accelerator), accelerator.is_main_process
     say, plan = printer if main else silent, Plan.of(spec, prompts)
-    with claimed(folder) if main else nullcontext():
-        if main:
-            begun, rewards = _begun(spec, prompts), identities(spec.rewards)
-            results = {*(known.table for known in SELECTS.values()), table.SCORES, FACTS}
-            begin(folder / WORK, begun, rewards, spec.overwrite, [folder / name for name in sorted(results)], folder / FOLDER)
-        world.barrier()
+    with ExitStack() as held:
+        facts = json.loads(on_first(world, lambda: json.dumps(_begin(spec, prompts, folder, held))))
         images, scores = _candidates(spec, plan, folder, world, accelerator.device, say)
-        if not main:
-            return {}
-        tidy(folder)
-        made = table.make(spec, plan, images, scores, folder)
-        facts = clean({**made, "table": spec.select.table, "recipe": as_tree(spec), "drawn": begun, "identities": rewards,
-                       "recipe_sha256": hashlib.sha256(dump(spec).encode()).hexdigest(),
-                       "versions": versions()})
-        write_json(folder / FACTS, facts)
+        made = json.loads(on_first(world, lambda: json.dumps(_write(spec, plan, images, scores, facts, folder))))
     for line in _said(spec, made):
         say(line)
     say(f"done: {folder / spec.select.table} ({made['counts']['rows']} rows from {len(plan.prompts)} prompts, "
         f"{time.monotonic() - started:.0f} s)")
-    return facts
+    return made
+
+
+def _begin(spec: BuildSpec, prompts: Prompts, folder: Path, held: ExitStack) -> dict[str, Any]:
+    """Claim the folder for as long as ``held`` lives, and go on there or begin. Returns what decides pictures and scores."""
+    held.enter_context(claimed(folder))
+    begun, rewards = _begun(spec, prompts), identities(spec.rewards)
+    results = {*(known.table for known in SELECTS.values()), table.SCORES, FACTS}
+    begin(folder / WORK, begun, rewards, spec.overwrite, [folder / name for name in sorted(results)], folder / FOLDER)
+    return {"drawn": begun, "identities": rewards}
+
+
+def _write(spec: BuildSpec, plan: Plan, images: dict, scores: dict, facts: dict, folder: Path) -> dict[str, Any]:
+    """The tables and build.json. Returns what that holds."""
+    tidy(folder)
+    made = clean({**table.make(spec, plan, images, scores, folder), "table": spec.select.table, "recipe": as_tree(spec),
+                  **facts, "recipe_sha256": hashlib.sha256(dump(spec).encode()).hexdigest(), "versions": versions()})
+    write_json(folder / FACTS, made)
+    return made
 
 
 def _candidates(spec: BuildSpec, plan: Plan, folder: Path, world, device, say: Printer) -> tuple[dict, dict]:

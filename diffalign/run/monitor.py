@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from PIL import Image
 from .. import rng
 from ..config import Recipe, as_tree
 from ..data.prompts import read_prompts
-from ..errors import ConfigError, ResourceError, UserError
+from ..errors import ConfigError, ResourceError
 from ..evaluate.files import clean, write, write_json
 from ..evaluate.looks import looks, spread
 from ..evaluate.monitor import MonitorSpec, Seen, Side, see, why_stop
@@ -28,7 +27,7 @@ from ..rewards.base import as_pil
 from ..sampling.grid import grid, save_grid, shown
 from ..train import Finding
 from ..types import Cond
-from ..world import raise_together, world_of
+from ..world import on_first, together, world_of
 from . import parts
 
 FOLDER, BASE = "monitor", "base.json"
@@ -57,19 +56,8 @@ class Monitor:
         if self.base is None:
             self.base = self._base(bank, step)
         now = self.base if step == 0 else self._drawn(bank, CURRENT)
-        text = self._gathered(lambda: json.dumps(dataclasses.asdict(self._decide(now, step))), only_rank_0=True)[0]
+        text = on_first(self.world, lambda: json.dumps(dataclasses.asdict(self._decide(now, step))))
         return Finding(**json.loads(text))
-
-    def _gathered(self, action: Callable[[], str], only_rank_0: bool = False) -> list[str]:
-        """Every rank's text; where one fails, all raise."""
-        text, error = "", None
-        if self.world.rank == 0 or not only_rank_0:
-            try:
-                text = action()
-            except UserError as failure:  # of a reward, a full disk or too little memory
-                error = failure
-        raise_together(self.world, error, UserError)
-        return self.world.gather(text)
 
     # --- rank 0 ---
 
@@ -108,7 +96,7 @@ class Monitor:
 
     def _base(self, bank: WeightBank, step: int) -> Side:
         """From monitor/base.json where it is this monitor's; else drawn, if the base is still in memory."""
-        found = self._gathered(self._stored, only_rank_0=True)[0]
+        found = on_first(self.world, self._stored)
         if found:
             return Side.read(found)
         if step and ORIGIN not in bank.names:
@@ -121,7 +109,7 @@ class Monitor:
             if scores is not None and np.isnan(scores).all():
                 raise ConfigError(f'monitor.{option}: reward "{getattr(self.spec, option).name}" could score none of '
                                   f"{scores.size} pictures of the base; choose one that understands these prompts")
-        self._gathered(lambda: write(self.folder / BASE, f"{self._key()}\n{side.text()}".encode()) or "", only_rank_0=True)
+        on_first(self.world, lambda: write(self.folder / BASE, f"{self._key()}\n{side.text()}".encode()))
         return side
 
     def _stored(self) -> str:
@@ -145,7 +133,7 @@ class Monitor:
 
     def _drawn(self, bank: WeightBank, name: str) -> Side:
         """Every rank draws its rows; all have the figures of all."""
-        return Side.merge([Side.read(text) for text in self._gathered(lambda: self._own(bank, name).text())])
+        return Side.merge([Side.read(text) for text in together(self.world, lambda: self._own(bank, name).text())])
 
     def _own(self, bank: WeightBank, name: str) -> Side:
         prompts = [self.prompts[i] for i in self.rows]

@@ -15,11 +15,13 @@ from ..data.sources import Online, Sampled, Stored
 from ..data.stepwise import Stepwise, StepwiseSource
 from ..errors import ConfigError
 from ..evaluate.monitor import MonitorSpec, with_defaults
-from ..likelihood import LatentScores, Transitions
+from ..likelihood import LatentScores, MaskedELBO, Transitions
 from ..methods import Context, Preference, Probe
 from ..models.base import Denoiser, enable_gradient_checkpointing
 from ..models.latent_reward import from_denoiser
-from ..models.load import encoder_facts, inspect, is_distilled, load_denoiser, load_encoders, model_identity
+from ..models.load import encoder_facts, inspect, is_distilled, load_encoders
+from ..models.load import load_denoiser as load_picture_denoiser
+from ..models.load import model_identity as picture_identity
 from ..models.weights import WeightBank
 from ..objectives import title_of
 from ..objectives.sft import winners
@@ -34,6 +36,29 @@ PROBE = 64  # winners that a gated reference is measured on
 FEW = 8  # timesteps of a schedule that only a distilled model can draw with
 
 
+def is_text(recipe: Recipe | Evaluation) -> bool:
+    """Whether the model is a masked diffusion language model, of which the likelihood tells."""
+    return isinstance(getattr(recipe, "likelihood", None), MaskedELBO)
+
+
+def base_identity(recipe: Recipe) -> str:
+    """Hash of the model that training starts from. Raises ModelError."""
+    return masked_lm().model_identity(recipe.model) if is_text(recipe) else picture_identity(recipe.model)
+
+
+def denoiser_of(recipe: Recipe, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Denoiser:
+    """The model that training starts from. Raises ModelError."""
+    load = masked_lm().load_denoiser if is_text(recipe) else load_picture_denoiser
+    return load(recipe.model, dtype=dtype, device=device)
+
+
+def masked_lm():
+    """Imported when a recipe needs it: a second's worth of transformers' models."""
+    from ..models import masked_lm as module
+
+    return module
+
+
 def check_before(recipe: Recipe) -> None:
     """What can be refused from the recipe and the headers of its files, before anything is decoded or loaded."""
     check_layout(recipe, data.detect_layout(recipe.data))
@@ -42,7 +67,8 @@ def check_before(recipe: Recipe) -> None:
     check_monitor(recipe)
     _check_sharded(recipe)
     judge = getattr(recipe.source, "judge", None)
-    check_judge("source.judge.reward" if judge else "source.reward", getattr(judge or recipe.source, "reward", None))
+    check_judge("source.judge.reward" if judge else "source.reward", getattr(judge or recipe.source, "reward", None),
+                given=("t",) if judge else ())
     if hasattr(judge, "check_for"):
         judge.check_for(recipe.model)
 
@@ -62,7 +88,7 @@ def _check_sharded(recipe: Recipe) -> None:
 def identity_of(recipe: Recipe) -> dict[str, str]:
     """Hashes of what a run depends on besides its data: one with another base or judge must not continue it."""
     judge = getattr(recipe.source, "judge", None)
-    return {"base": model_identity(recipe.model), **({"judge": judge.identity()} if hasattr(judge, "identity") else {})}
+    return {"base": base_identity(recipe), **({"judge": judge.identity()} if hasattr(judge, "identity") else {})}
 
 
 def _check_distilled(recipe: Recipe) -> None:
@@ -76,13 +102,14 @@ def _check_distilled(recipe: Recipe) -> None:
                           "LoRA in model.fuse_lora, or set model.distilled=true")
 
 
-def check_judge(option: str, reward: Reward | None) -> None:
-    """A reward for pictures that are drawn from prompts alone. Raises UserError children."""
+def check_judge(option: str, reward: Reward | None, given: tuple[str, ...] = ()) -> None:
+    """A reward for pictures that are drawn from prompts alone, with the columns ``given``. Raises UserError children."""
     if reward is None:
         return
     check_reward(reward)
-    if columns_of(reward):
-        raise ConfigError(f'{option}: reads a column "{columns_of(reward)[0]}" beside picture and prompt, which prompts alone '
+    missing = [name for name in columns_of(reward) if name not in given]
+    if missing:
+        raise ConfigError(f'{option}: reads a column "{missing[0]}" beside picture and prompt, which prompts alone '
                           "do not have; choose another reward")
 
 
@@ -124,7 +151,11 @@ def check_monitor(recipe: Recipe) -> None:
 
 
 def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
-    """The caches of training and held-out data (or None), built where missing; the encoders are freed afterwards."""
+    """The caches of training and held-out data (or None), built where missing; the encoders are freed afterwards. Text is
+    tokenised instead, into memory, by every process.
+    """
+    if is_text(recipe):
+        return _texts(recipe, say)
     spec, world, facts = recipe.data, world_of(accelerator), encoder_facts(recipe.model)
     resolution = spec.resolution or facts.default_resolution
     caches, loaded = [], []
@@ -135,7 +166,7 @@ def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
         return loaded[0]
 
     for part in ("train", "validation") if data.has_validation(spec) else ("train",):
-        report = data.encode(spec, encoders, cache_dir=_cache_dir(recipe), resolution=resolution, seed=recipe.seed, part=part,
+        report = data.encode(spec, encoders, cache_dir=cache_dir(recipe), resolution=resolution, seed=recipe.seed, part=part,
                              facts=facts, rank=world.rank, world=world.size, barrier=world.barrier,
                              progress=accelerator.is_main_process)
         say(report.summary())
@@ -148,7 +179,21 @@ def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
     return (*caches, None)[:2]
 
 
-def _cache_dir(recipe: Recipe) -> Path:
+def _texts(recipe: Recipe, say: Callable[[str], None]):
+    spec, found = recipe.data, []
+    tokens = masked_lm().load_tokens(recipe.model, chat=spec.chat_template)
+    for part in ("train", "validation") if data.has_validation(spec) else ("train",):
+        texts = data.read_texts(spec, tokens, part=part, seed=recipe.seed)
+        report = texts.report
+        say(f"{part}: {report['groups']} groups of {report['rows']} rows ({report['ties']} ties, {report['bad_rows']} bad), "
+            f"{report['tokens']:,} tokens, the longest row has {report['longest']}")
+        for name in report["bad"]:
+            say(f"  skipped {name}")
+        found.append(texts)
+    return (*found, None)[:2]
+
+
+def cache_dir(recipe: Recipe) -> Path:
     return Path(recipe.data.cache_dir) if recipe.data.cache_dir else Path(recipe.output_dir).parent / "cache"
 
 
@@ -161,19 +206,28 @@ def _reads(recipe: Recipe, method: Preference) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*method.reads, *filter(None, (getattr(recipe.source, "weights", None),)))))
 
 
-def bank_of(recipe: Recipe, method: Preference, accelerator, cache) -> WeightBank:
-    """The denoiser with its weight sets. The frozen base of a LoRA is kept in the precision it is computed in."""
+def precision_of(recipe: Recipe) -> tuple[torch.dtype, torch.dtype]:
+    """What the denoiser is computed in, and what its base is stored in: a LoRA's frozen base in what it is computed in."""
     forward = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.mixed_precision, torch.float32)
-    dtype = torch.float32 if recipe.model.lora is None else forward
-    # weights that will be cut go to the device in parts
-    device = "cpu" if is_sharding_asked() else accelerator.device
-    denoiser = load_denoiser(recipe.model, dtype=dtype, device=device)
+    return forward, torch.float32 if recipe.model.lora is None else forward
+
+
+def base_of(recipe: Recipe, accelerator) -> Denoiser:
+    """The model that training starts from, as it computes."""
+    denoiser = denoiser_of(recipe, dtype=precision_of(recipe)[1], device=accelerator.device)
     _attention(denoiser, recipe)
+    return denoiser
+
+
+def bank_of(recipe: Recipe, method: Preference, accelerator, cache, measured: bool = False) -> WeightBank:
+    """The denoiser with its weight sets. measured: nothing asks for the reference, whose errors come with the batches."""
+    forward, _ = precision_of(recipe)
+    denoiser = base_of(recipe, accelerator)
     if isinstance(recipe.likelihood, LatentScores):
         denoiser = from_denoiser(denoiser, recipe.model, guidance_scale=recipe.likelihood.guidance_scale, seed=recipe.seed,
                                  text_projection=recipe.likelihood.text_projection)
     bank = WeightBank.build(denoiser, recipe.model.lora, reads=_reads(recipe, method), seed=recipe.seed,
-                            forward_dtype=forward, rule=recipe.reference)
+                            forward_dtype=forward, rule=recipe.reference, measured=measured)
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(denoiser)
     if getattr(recipe.reference, "gate", None) is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config import Recipe
 from ..data.check import check as look_at
+from ..errors import ConfigError
 from ..evaluate.check_page import page
 from ..evaluate.files import clean, write, write_json
 from ..evaluate.labels import Examples, Labels
@@ -14,20 +15,30 @@ from ..rewards import check as check_reward
 from ..train import make_accelerator
 from ..train.checkpoint import check_writable
 from . import parts
+from . import reference as reference_errors
 from .words import Printer, betas, silent
 
 
-def encode(recipe: Recipe, printer: Printer = silent) -> dict:
-    """Build the cache of latents and text embeddings; several processes share the work."""
+def encode(recipe: Recipe, printer: Printer = silent, reference: bool = False) -> dict:
+    """Build the cache of latents and text embeddings; several processes share the work. reference: then the frozen
+    reference's errors too. Raises UserError children.
+    """
+    _no_text(recipe, "encode", "text needs no cache: it is tokenised when a run starts")
+    problem = reference_errors.unfit(recipe) if reference else None
+    if problem:
+        raise ConfigError(problem)
     accelerator = make_accelerator(recipe.train, Path(recipe.output_dir))
-    caches = parts.caches(recipe, accelerator, printer if accelerator.is_main_process else silent)
-    return {name: dict(cache.report) for name, cache in zip(("train", "validation"), caches) if cache is not None}
+    say = printer if accelerator.is_main_process else silent
+    caches = parts.caches(recipe, accelerator, say)
+    found = {name: dict(cache.report) for name, cache in zip(("train", "validation"), caches) if cache is not None}
+    return found | ({"reference": reference_errors.measure(recipe, caches[0], accelerator, say)} if reference else {})
 
 
 def check(recipe: Recipe, printer: Printer = silent) -> dict:
     """Counts, ties, duplicates, balance, leakage, sizes, derived numbers, and where ``check.reward`` says so agreement with a
     reward: check.json, check.html with pairs to look at, check.png. Without that reward it loads no weights.
     """
+    _no_text(recipe, "check", "it looks at pictures; `diffalign train` names the bad rows of text before it loads the model")
     facts, output_dir = encoder_facts(recipe.model), Path(recipe.output_dir)
     parts.check_before(recipe)
     if recipe.check.reward is not None:
@@ -56,6 +67,11 @@ def check(recipe: Recipe, printer: Printer = silent) -> dict:
     write(output_dir / "check.html", page(recipe.data.path, found, labels.examples.kinds()).encode())
     printer(f"pairs to look at: {output_dir / 'check.html'}")
     return found
+
+
+def _no_text(recipe: Recipe, command: str, why: str) -> None:
+    if parts.is_text(recipe):
+        raise ConfigError(f"likelihood.kind: `diffalign {command}` is not for masked text ({why})")
 
 
 def _brief(value) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
+from pathlib import Path
 
 from ..building import score as scoring
 from ..building.journal import Journal
@@ -15,7 +17,7 @@ from ..rewards import check as check_reward
 from ..train import make_accelerator
 from ..train.checkpoint import check_writable
 from ..train.spec import TrainSpec
-from ..world import world_of
+from ..world import on_first, world_of
 from .build import claimed, identities, versions
 from .words import Printer, silent
 
@@ -36,22 +38,31 @@ def score(spec: ScoreSpec, printer: Printer = silent) -> dict:
     world, main = world_of(accelerator), accelerator.is_main_process
     say = printer if main else silent
     check_writable(work, "output")
-    with claimed(work) if main else nullcontext():
-        if main:
-            data, rewards = source.identity(), identities(spec.rewards)
-            begin(work, data, rewards, spec.overwrite, [output, facts_file])
-        world.barrier()
+    with ExitStack() as held:
+        facts = json.loads(on_first(world, lambda: json.dumps(_begin(spec, source, work, [output, facts_file], held))))
         journal = Journal(work / "scores", world.rank)
         scoring.score(source, spec.rewards, journal, rank=world.rank, world=world.size, progress=main, say=say)
         world.barrier()
-        if not main:
-            return {}
-        made = scoring.write(source, list(spec.rewards), scoring.known(journal))
-        facts = clean({**made, "output": str(output), "data": data, "identities": rewards, "versions": versions()})
-        write_json(facts_file, facts)
+        made = json.loads(on_first(world, lambda: json.dumps(_write(spec, source, journal, facts, facts_file))))
     for line in _said(made):
         say(line)
     say(f"done: {output} ({made['rows']} rows, {time.monotonic() - started:.0f} s)")
+    return made
+
+
+def _begin(spec: ScoreSpec, source: Source, work: Path, results: list[Path], held: ExitStack) -> dict:
+    """Claim ``work`` for as long as ``held`` lives, and go on there or begin. Returns what decides the scores."""
+    held.enter_context(claimed(work))
+    data, rewards = source.identity(), identities(spec.rewards)
+    begin(work, data, rewards, spec.overwrite, results)
+    return {"data": data, "identities": rewards}
+
+
+def _write(spec: ScoreSpec, source: Source, journal: Journal, facts: dict, file: Path) -> dict:
+    """The data with its scores, and the facts beside it. Returns the facts."""
+    made = scoring.write(source, list(spec.rewards), scoring.known(journal))
+    facts = clean({**made, "output": str(source.output), **facts, "versions": versions()})
+    write_json(file, facts)
     return facts
 
 

@@ -13,17 +13,17 @@ from .. import data
 from ..config import Recipe, as_tree, dump
 from ..evaluate.card import write_card
 from ..evaluate.files import write, write_json
-from ..evaluate.preference import before_and_after, heldout_preference, heldout_scores
+from ..evaluate.preference import before_and_after, heldout_preference, heldout_scores, heldout_text
 from ..evaluate.report import write_report
 from ..likelihood import LatentScores, Simple
 from ..methods import Preference
 from ..models.base import Denoiser
-from ..models.load import load_denoiser, model_identity, save_pipeline
+from ..models.load import save_pipeline
 from ..models.weights import WeightBank
 from ..train import fit, make_accelerator
 from ..train.checkpoint import check_writable, disk_errors
 from ..world import world_of
-from . import parts
+from . import parts, reference
 from .monitor import Monitor
 from .words import PIPELINE, SUMMARY, Printer, derived, method_name, run_of, silent
 
@@ -34,7 +34,7 @@ def train(recipe: Recipe, printer: Printer = silent) -> dict:
     Raises UserError children; Preempted (exit code 75) when a signal asked to stop after a saved checkpoint.
     """
     started, output_dir = time.monotonic(), Path(recipe.output_dir)
-    base = model_identity(recipe.model)  # a wrong model is refused before anything is written
+    base = parts.base_identity(recipe)  # a wrong model is refused before anything is written
     parts.check_before(recipe)
     check_writable(output_dir)
     accelerator = make_accelerator(recipe.train, output_dir)
@@ -42,7 +42,11 @@ def train(recipe: Recipe, printer: Printer = silent) -> dict:
     pairs, heldout = parts.caches(recipe, accelerator, say)
     encode_seconds = time.monotonic() - started
     stored, method = parts.stored_of(recipe, pairs, world_of(accelerator)), parts.method_of(recipe)
-    bank = parts.bank_of(recipe, method, accelerator, pairs)
+    stored.reference = reference.find(recipe, pairs, stored, accelerator.device, say)
+    # held-out pairs are measured against the reference too, at draws of their own
+    bank = parts.bank_of(recipe, method, accelerator, pairs, measured=stored.reference is not None and heldout is None)
+    if stored.reference is not None:
+        reference.check(stored.reference, recipe, stored, parts.context(recipe, bank, accelerator), accelerator.device)
     source = parts.source_of(recipe, stored, bank, accelerator)
     for line in derived(recipe, source, accelerator.num_processes):
         say(line)
@@ -76,7 +80,8 @@ class _ResolvedConfig:
 def _finish(recipe: Recipe, bank: WeightBank, facts: dict) -> None:
     """Files for people: the LoRA is written by the loop; a full fine-tune becomes a whole pipeline folder."""
     output_dir = Path(recipe.output_dir)
-    if isinstance(recipe.likelihood, LatentScores):  # the loop has written it; there is no pipeline to make a card for
+    if isinstance(recipe.likelihood, LatentScores) or parts.is_text(recipe):
+        # the loop has written it; there is no pipeline to make a card for
         write_json(output_dir / SUMMARY, facts)
         write_report(output_dir, run_of(recipe, facts), None)
         return
@@ -123,6 +128,9 @@ def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accele
     batches = data.fixed_batches(cache, max(1, 2 * recipe.train.train_batch_size), seed=recipe.seed)
     if isinstance(recipe.likelihood, LatentScores):
         return heldout_scores(ctx, batches, noise=recipe.likelihood.noise, device=accelerator.device, world=world)
+    if parts.is_text(recipe):
+        return heldout_text(ctx, batches, recipe.likelihood, against=_base_set(method, bank), device=accelerator.device,
+                            world=world)
     return heldout_preference(ctx, batches, against=_base_set(method, bank), device=accelerator.device, world=world,
                               weighting=getattr(recipe.likelihood, "weighting", Simple()))
 
@@ -148,6 +156,6 @@ def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accele
 def _likelihood_before(recipe: Recipe, bank: WeightBank, cache, accelerator):
     """Where training kept no base to measure: read it again, once, after training."""
     del bank
-    base = WeightBank.build(load_denoiser(recipe.model, device=accelerator.device), recipe.model.lora, reads=("policy",),
+    base = WeightBank.build(parts.denoiser_of(recipe, device=accelerator.device), recipe.model.lora, reads=("policy",),
                             seed=recipe.seed)
     return _measure(recipe, parts.method_of(recipe), base, cache, accelerator)

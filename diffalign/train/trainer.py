@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..methods import Context, Method
 from ..models.base import Denoiser
 from ..types import Memory
-from ..world import raise_together, whole, world_of
+from ..world import on_first, raise_together, whole, world_of
 from . import checkpoint, guard, sharding
 from .feed import Feed, Source, to_device
 from .hooks import Hook, Log, Progress, Recent, Saturation, truncate_log
@@ -343,7 +343,7 @@ class _Trainer:
             self._forget()
         if self.sharded:  # who comes after training finds plain modules
             self.bank.unshard()
-        self._on_rank_0(self._save_for_users)
+        on_first(self.world, self._save_for_users, CheckpointError)
         return Summary(step=state.step, samples=state.samples, seconds=state.seconds, groups_per_step=self.groups_per_step,
                        parameters=sum(p.numel() for p in self.params.values()), initial_loss=self.initial_loss,
                        metrics=self.recent.means(), validation_start=state.validation_start,
@@ -372,7 +372,7 @@ class _Trainer:
             if exports:
                 with self._averaged():
                     self.bank.gather(self.world.rank == 0)
-        self._on_rank_0(lambda: self._write(parts, numbers, self._export_averaged if exports else None))
+        on_first(self.world, lambda: self._write(parts, numbers, self._export_averaged if exports else None), CheckpointError)
         self.saved_step, self.save_is_due = self.state.step, False
 
     def _parts(self) -> tuple[checkpoint.Groups, dict]:
@@ -405,8 +405,8 @@ class _Trainer:
 
     def _resume(self) -> None:
         """Restore the newest whole checkpoint, or start; drop log lines beyond it."""
-        folder = self._on_rank_0(self._find)
-        if folder is not None:
+        folder = on_first(self.world, self._find, CheckpointError)
+        if folder:
             self._restore(self.output_dir / folder)
         if self.world.rank == 0:
             for name in ("metrics.jsonl", "timing.jsonl"):
@@ -451,17 +451,6 @@ class _Trainer:
         self.saved_step = saved["step"]
 
     # small helpers
-
-    def _on_rank_0(self, action: Callable[[], str | None]) -> str | None:
-        """Run it on rank 0 while the others wait; its error is raised on all ranks, its text returned on all."""
-        result, error = None, None
-        if self.world.rank == 0:
-            try:
-                result = action()
-            except CheckpointError as failure:
-                error = failure
-        raise_together(self.world, error, CheckpointError)
-        return self.world.gather(result or "")[0] or None
 
     def _export_averaged(self, folder: Path) -> None:
         with nullcontext() if self.sharded else self._averaged():  # cut ones were gathered so

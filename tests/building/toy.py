@@ -18,6 +18,7 @@ from diffalign.building import draw
 from diffalign.building.spec import BuildSpec
 from diffalign.config import _build
 from diffalign.rewards.scenes import alter, parse, render
+from diffalign.world import left_in_order
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "assets" / "tiny-sdxl")
@@ -79,7 +80,5 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=f"file://{here}/meet", rank=rank, world_size=world,
                             timeout=timedelta(seconds=50))
     Stub().put_into(setattr)
-    run.build(spec(here))
-    dist.barrier()  # nobody leaves while another writes
-    sys.stderr.flush()
-    os._exit(0)  # done; in some runs the end of the interpreter aborts in a C++ thread (docs/open.md)
+    with left_in_order():  # as the command does
+        run.build(spec(here))

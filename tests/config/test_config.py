@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from diffalign.config import Recipe, build_recipe, dump, load_recipe, parse_yaml
 from diffalign.errors import ConfigError, UserError
+from diffalign.sampling.latents import Sampler
 
 RECIPE = """
 output_dir: runs/x
@@ -158,3 +159,12 @@ def test_mutated_recipes_never_trace(data):
         assert isinstance(build_recipe(tree) if isinstance(tree, dict) else None, Recipe | None)
     except UserError as error:
         assert str(error)
+
+
+def test_options_complete_the_fields_own_default(path):
+    """The sampler of ``stepwise`` is ancestral unless said otherwise, however little is said of it."""
+    step = ["source={kind: stepwise, judge: {kind: latent, path: reward}}", "likelihood=transitions"]
+    assert load_recipe(path, [*step, "source.sampler.steps=10"]).source.sampler == Sampler(solver="ancestral", steps=10)
+    assert load_recipe(path, [*step, "source.sampler={solver: lcm}"]).source.sampler == Sampler(solver="lcm")
+    assert "ddim is deterministic" in refusal(path, *step, "source.sampler.solver=ddim")
+    assert load_recipe(path, ["source={kind: semi_policy, sampler: {steps: 10}}"]).source.sampler == Sampler(steps=10)

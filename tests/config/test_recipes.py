@@ -16,17 +16,18 @@ RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*BUILDS, *REWARDS})
 
 def test_the_promised_recipes_are_there():
     names = {str(path.relative_to(ROOT / "configs")) for path in RECIPES}
-    assert {"quickstart.yaml", "sd35/dpo_lora.yaml"} <= names
-    sd15 = ("dpo", "dpo_lora", "mapo", "timestep_aware", "smpo", "inpo", "kto", "seppo", "lrm", "lpo")
+    assert {"quickstart.yaml", "sd35/dpo_lora.yaml", "text/tiny_vrpo.yaml", "text/llada_vrpo.yaml"} <= names
+    sd15 = ("dpo", "dpo_lora", "mapo", "timestep_aware", "smpo", "inpo", "kto", "seppo", "lrm", "lpo", "spo")
     sdxl = ("dpo", "dpo_lora", "mapo", "mapo_aaai", "mapo_style", "mapo_safety", "timestep_aware", "smpo", "inpo", "rankdpo",
-            "lrm", "lpo")
+            "lrm", "lpo", "spo")
     assert {*(f"sd15/{name}.yaml" for name in sd15), *(f"sdxl/{name}.yaml" for name in sdxl)} <= names
 
 
 @pytest.mark.parametrize("name, processes, pairs", [
     ("sd15/smpo", 8, 1024), ("sdxl/smpo", 8, 1024), ("sd15/inpo", 8, 1024), ("sdxl/inpo", 8, 1024), ("sdxl/rankdpo", 8, 1024),
     ("sd15/seppo", 8, 2048), ("sd15/kto", 4, 4), ("sdxl/mapo_aaai", 8, 2048), ("sdxl/mapo_style", 4, 128),
-    ("sdxl/mapo_safety", 4, 128), ("sd15/timestep_aware", 16, 2048), ("sdxl/timestep_aware", 16, 2048)])
+    ("sdxl/mapo_safety", 4, 128), ("sd15/timestep_aware", 16, 2048), ("sdxl/timestep_aware", 16, 2048),
+    ("text/llada_vrpo", 8, 64)])
 def test_the_command_gives_the_published_batch(name, processes, pairs):
     path = ROOT / "configs" / f"{name}.yaml"
     assert f"--num_processes {processes} " in path.read_text().splitlines()[0]
@@ -59,7 +60,8 @@ def test_build_recipe(path):
 def test_reward_recipe(path):
     recipe, text = load_reward_recipe(path), path.read_text()
     assert text.startswith(f"# diffalign train-reward {path.relative_to(ROOT)}") and len(text.splitlines()) <= 45
-    assert (ROOT / recipe.backbone).exists() or re.fullmatch(r"[0-9a-f]{40}", recipe.backbone_revision or "")
+    local = (ROOT / recipe.backbone).exists() or recipe.backbone.startswith("runs/")   # made by the user
+    assert local or re.fullmatch(r"[0-9a-f]{40}", recipe.backbone_revision or "")
 
 
 @pytest.mark.parametrize("base, rank, lr, low, high, prompts", [
@@ -85,3 +87,27 @@ def test_lrm_as_released(base, steps, warmup, pairs):
     assert (train.learning_rate, train.adam_weight_decay, train.max_grad_norm, recipe.objective.beta) == (1e-5, 0.3, 1.0, 1)
     assert sorted(scores.times.timesteps) == list(range(1, 952, 50)) and scores.guidance_scale == 7.5
     assert recipe.data.ties == "soft" and recipe.model.lora is None and (scores.text_projection is None) == (base == "sdxl")
+
+
+@pytest.mark.parametrize("base, rank, lr, children, block, gap, pairs, forks", [
+    ("sd15", 4, 6e-5, 4, 1, 0.3, 40, 16), ("sdxl", 64, 1e-5, 2, 4, 0.4, 16, 4)])
+def test_spo_as_released(base, rank, lr, children, block, gap, pairs, forks):
+    """spo.md section 5: comparisons from timestep 751 on, beta 10, clip 0.1, eta 1, guidance 5, 10 epochs of 4,000 prompts."""
+    recipe = load_recipe(ROOT / "configs" / base / "spo.yaml")
+    source, sampler, train = recipe.source, recipe.source.sampler, recipe.train
+    assert (recipe.model.lora.rank, train.learning_rate, 4 * groups_per_step(recipe)) == (rank, lr, pairs)
+    assert (source.candidates, source.block, source.threshold.gap, source.continuation) == (children, block, gap, "random")
+    assert len(source.forks()) == forks and sampler.timesteps[source.forks()[0]] == 751
+    assert (sampler.eta, sampler.guidance_scale) == (1.0, 5.0) and sampler.timesteps == (*range(951, 0, -50), 0)
+    assert (recipe.objective.beta, recipe.objective.clip) == (10, 0.1)
+    assert train.max_train_steps / source.updates * pairs == 10 * 4000
+    assert source.judge.reward.path == f"runs/{base}-spm/reward"
+
+
+@pytest.mark.parametrize("base, lr, steps", [("sd15", 3e-6, 8000), ("sdxl", 1e-6, 7000)])
+def test_spm_as_released(base, lr, steps):
+    """spo.md 2a: all weights of a PickScore, weight decay 0.3, 500 steps of warm-up, guidance 5, ties one half."""
+    recipe = load_reward_recipe(ROOT / "configs" / "rewards" / f"{base}_spm.yaml")
+    assert (recipe.features, recipe.learning_rate, recipe.weight_decay, recipe.batch_size) == ("whole", lr, 0.3, 64)
+    assert recipe.warmup_share == pytest.approx(500 / steps, rel=1e-3) and recipe.steps.guidance_scale == 5.0
+    assert recipe.data.ties == "soft" and recipe.balance == "prompts" and recipe.head.hidden == 0

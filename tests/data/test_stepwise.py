@@ -239,6 +239,27 @@ def test_every_process_has_as_many_micro_batches():
     assert [int(b.valid.all(1).sum()) for b in padded] == [40, 40, 0, 0]
 
 
+def test_a_finished_latent_is_judged_as_it_is():
+    """spo.md 2b.5: after the last step the latents themselves, with timestep 0; before it what is predicted of them. Of the
+    child that goes on the prediction is the next step's own: 4 passes without comparison, one at the first fork, 4 a state."""
+    process, asked = sd_process(), []
+
+    def predict(name, xt, t, cond):
+        asked.append((round(1000 * t[0].item()) - 1, len(xt)))
+        return gaussian(process)(name, xt, t, cond)
+
+    class Spy(Judge):
+        def __call__(self, x, t, x0, prompts, decode):
+            self.same = torch.equal(x, x0)
+            return super().__call__(x, t, x0, prompts, decode)
+
+    judge = Spy(mean, predicts=True)
+    source(judge, predict=predict, start=0.752).take(0)
+    assert round(1000 * judge.levels[15]) - 1 == 0 and judge.same
+    one = asked[:len(asked) // 2]
+    assert [t for t, _ in one] == list(PUBLISHED[:20]) and {n for _, n in one[:5]} == {2} and {n for _, n in one[5:]} == {8}
+
+
 @dataclass(frozen=True)
 class Red:
     """Mean of the first channel."""

@@ -7,34 +7,7 @@ import torch
 
 from diffalign.models import FAMILIES, LoRA, attach
 from diffalign.models.lora import trained
-
-# unet/config.json of stabilityai/stable-diffusion-xl-base-1.0, what differs from the class's defaults
-SDXL_BASE = {
-    "sample_size": 128, "block_out_channels": [320, 640, 1280], "layers_per_block": 2, "cross_attention_dim": 2048,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "attention_head_dim": [5, 10, 20],
-    "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}
-DDPM = {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-        "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
-# transformer/config.json of stabilityai/stable-diffusion-3.5-medium
-SD35_MEDIUM = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64,
-    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 384,
-    "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm",
-}
-
-
-def build(family: str, config: dict, scheduler: dict):
-    import diffusers
-
-    adapter = FAMILIES[family]
-    assert adapter.unsupported(config, scheduler) is None
-    with torch.device("meta"):
-        module = getattr(diffusers, adapter.module_class).from_config(config)
-    return adapter.assemble(module, scheduler)
+from diffalign.models.published import SD35_MEDIUM, SD35_SCHEDULER, SDXL_SCHEDULER, SDXL_UNET, on_meta
 
 
 def wrapped(module) -> list[str]:
@@ -51,7 +24,8 @@ def test_sdxl(rank, expected):
     per block 12 d + 2 (d + 2048) = 14 d + 4096, or 13,056 (640) and 22,016 (1280).
     10 x 13,056 + 60 x 22,016 = 1,451,520.
     """
-    denoiser = build("sdxl", SDXL_BASE, DDPM)
+    assert FAMILIES["sdxl"].unsupported(SDXL_UNET, SDXL_SCHEDULER) is None
+    denoiser = on_meta("sdxl", SDXL_UNET, SDXL_SCHEDULER)
     assert sum(p.numel() for p in denoiser.module.parameters()) == 2_567_463_684
     assert 10 * (14 * 640 + 4096) + 60 * (14 * 1280 + 4096) == 1_451_520
     assert expected == 1_451_520 * rank
@@ -66,7 +40,8 @@ def test_sdxl(rank, expected):
 def test_sd35_medium():
     """24 joint attentions of 8 projections, less the last block's to_add_out (absent) and add_q_proj (no effect), and 13
     second attentions of 4."""
-    denoiser = build("sd3", SD35_MEDIUM, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    assert FAMILIES["sd3"].unsupported(SD35_MEDIUM, SD35_SCHEDULER) is None
+    denoiser = on_meta("sd3", SD35_MEDIUM, SD35_SCHEDULER)
     with torch.device("meta"):
         attach(denoiser, LoRA(rank=16), seed=0)
     names = wrapped(denoiser.module)

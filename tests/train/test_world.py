@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from diffalign.errors import DataError, UserError
 from diffalign.train.checkpoint import checkpoints, load
 from diffalign.train.guard import check_same_weights
-from diffalign.world import Single, raise_together
+from diffalign.world import Distributed, Single, left_in_order, on_first, raise_together, together
 
 from . import gloo, toy
 
@@ -138,3 +140,31 @@ def test_the_twin_is_alone(tmp_path):
     with pytest.raises(ZeroDivisionError):
         raise_together(world, ZeroDivisionError())
     shutil.rmtree(tmp_path)
+
+
+def _gloo_threads() -> int:
+    return sum(name.read_text().startswith("pt_gloo") for name in Path("/proc/self/task").glob("*/comm"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted where Linux names them")
+@pytest.mark.parametrize("error", [None, UserError("mine")])
+def test_a_command_leaves_no_thread_of_gloo_behind(error):
+    """One that still holds a tensor of Python's while Python ends aborts the process."""
+    def command():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        assert Distributed(0, 1, torch.device("cpu")).gather("x") == ["x"] and _gloo_threads()
+        if error:
+            raise error
+
+    try:
+        with left_in_order():
+            command()
+    except UserError as raised:
+        assert raised is error
+    assert not dist.is_initialized() and not _gloo_threads()
+
+
+def test_an_error_of_one_is_everybodys():
+    assert together(Single(), lambda: "x") == ["x"] and on_first(Single(), lambda: None) == ""
+    with pytest.raises(DataError, match="row 3"):
+        on_first(Single(), lambda: (_ for _ in ()).throw(DataError("row 3")))
