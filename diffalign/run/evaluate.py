@@ -7,6 +7,8 @@ import hashlib
 import json
 import shlex
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .. import rng
@@ -21,9 +23,9 @@ from ..evaluate.report import Run, write_gallery, write_grids, write_report
 from ..models.load import model_identity
 from ..rewards import Reward
 from ..train import make_accelerator
-from ..train.checkpoint import check_writable
+from ..train.checkpoint import check_writable, claimed
 from ..train.spec import TrainSpec
-from ..world import world_of
+from ..world import on_first, world_of
 from . import parts
 from .entrants import Entrants
 from .words import SUMMARY, Printer, run_of, silent
@@ -41,17 +43,16 @@ def evaluate(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
     started = time.monotonic()
     facts = _facts(recipe)
     entrants = Entrants.of(recipe)
-    check_writable(Path(recipe.output_dir))
-    accelerator = _accelerator(recipe)
-    comparison = _compare(recipe, entrants, accelerator)
-    run = _run(recipe, entrants, facts, time.monotonic() - started)
-    if not accelerator.is_main_process:
-        return {}
-    output_dir = Path(recipe.output_dir)
-    write(output_dir / RESOLVED, dump(recipe).encode())
-    report = write_report(output_dir, run, comparison)
-    if facts is not None:
-        write_card(output_dir, run, report)
+    output_dir, accelerator = Path(recipe.output_dir), _accelerator(recipe)
+    with _claimed(output_dir, accelerator):
+        comparison = _compare(recipe, entrants, accelerator)
+        run = _run(recipe, entrants, facts, time.monotonic() - started)
+        if not accelerator.is_main_process:
+            return {}
+        write(output_dir / RESOLVED, dump(recipe).encode())
+        report = write_report(output_dir, run, comparison)
+        if facts is not None:
+            write_card(output_dir, run, report)
     printer(report["sentence"])
     if report["strengths"]:
         printer(report["strengths"]["sentence"])
@@ -65,15 +66,25 @@ def grid(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
     """The comparison grid alone, with all its seeds: only its own rows are drawn, no figure is made."""
     facts = _facts(recipe)
     entrants = Entrants.of(recipe)
-    accelerator = _accelerator(recipe)
-    comparison = _compare(recipe, entrants, accelerator, rows_only=True)
-    if not accelerator.is_main_process:
-        return {}
-    written = write_grids(Path(recipe.output_dir), _run(recipe, entrants, facts, 0.0).title, comparison, page=True)
-    written["gallery.jsonl"] = write_gallery(Path(recipe.output_dir) / "gallery", comparison)
+    output_dir, accelerator = Path(recipe.output_dir), _accelerator(recipe)
+    with _claimed(output_dir, accelerator):
+        comparison = _compare(recipe, entrants, accelerator, rows_only=True)
+        if not accelerator.is_main_process:
+            return {}
+        written = write_grids(output_dir, _run(recipe, entrants, facts, 0.0).title, comparison, page=True)
+        written["gallery.jsonl"] = write_gallery(output_dir / "gallery", comparison)
     for path in written.values():
         printer(f"grid: {path}")
     return {name: str(path) for name, path in written.items()}
+
+
+@contextmanager
+def _claimed(output_dir: Path, accelerator) -> Iterator[None]:
+    """Nobody else writes there: two evaluations in one folder would mix their reports and pictures."""
+    check_writable(output_dir)
+    with ExitStack() as held:
+        on_first(world_of(accelerator), lambda: held.enter_context(claimed(output_dir)))
+        yield
 
 
 def _facts(recipe: Recipe | Evaluation) -> dict | None:
