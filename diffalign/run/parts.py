@@ -28,6 +28,7 @@ from ..objectives.sft import winners
 from ..rewards import Reward, columns_of, judged
 from ..rewards import check as check_reward
 from ..sampling.scheduler import make_scheduler
+from ..train import is_sharding_asked
 from ..types import Memory
 from ..world import world_of
 
@@ -64,11 +65,24 @@ def check_before(recipe: Recipe) -> None:
     _check_distilled(recipe)
     check_evaluate(recipe)
     check_monitor(recipe)
+    _check_sharded(recipe)
     judge = getattr(recipe.source, "judge", None)
     check_judge("source.judge.reward" if judge else "source.reward", getattr(judge or recipe.source, "reward", None),
                 given=("t",) if judge else ())
     if hasattr(judge, "check_for"):
         judge.check_for(recipe.model)
+
+
+def _check_sharded(recipe: Recipe) -> None:
+    """Passes through weights that are cut are collective: all processes must make the same, through the whole model."""
+    if not is_sharding_asked():
+        return
+    if recipe.monitor is not None:
+        raise ConfigError("monitor: cannot draw with weights that FSDP2 has cut; set monitor=null and evaluate afterwards, or "
+                          "train with configs/accelerate/ddp.yaml")
+    if isinstance(recipe.likelihood, LatentScores):
+        raise ConfigError("likelihood: a latent reward model runs a part of the model only, which FSDP2 cannot cut; train it "
+                          "with configs/accelerate/ddp.yaml")
 
 
 def identity_of(recipe: Recipe) -> dict[str, str]:

@@ -126,14 +126,15 @@ def _validation(recipe: Recipe, method: Preference, cache, accelerator) -> Calla
 
 
 def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator):
-    """Every rank measures the whole held-out set, so all know the figure; the draws are keyed, so all get the same."""
-    ctx = parts.context(recipe, bank, accelerator)
+    """The processes share the held-out set, and all know the figure; the draws are keyed, so it is that of one process."""
+    ctx, world = parts.context(recipe, bank, accelerator), world_of(accelerator)
     batches = data.fixed_batches(cache, max(1, 2 * recipe.train.train_batch_size), seed=recipe.seed)
     if isinstance(recipe.likelihood, LatentScores):
-        return heldout_scores(ctx, batches, noise=recipe.likelihood.noise, device=accelerator.device)
+        return heldout_scores(ctx, batches, noise=recipe.likelihood.noise, device=accelerator.device, world=world)
     if parts.is_text(recipe):
-        return heldout_text(ctx, batches, recipe.likelihood, against=_base_set(method, bank), device=accelerator.device)
-    return heldout_preference(ctx, batches, against=_base_set(method, bank), device=accelerator.device,
+        return heldout_text(ctx, batches, recipe.likelihood, against=_base_set(method, bank), device=accelerator.device,
+                            world=world)
+    return heldout_preference(ctx, batches, against=_base_set(method, bank), device=accelerator.device, world=world,
                               weighting=getattr(recipe.likelihood, "weighting", Simple()))
 
 
