@@ -6,6 +6,7 @@ Nothing is computed: the denoiser lies on the meta device (``published.on_meta``
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..types import Cond
 from .base import Denoiser, unwrap
 
 TOKENS = 77  # of a CLIP prompt
+BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "JointTransformerBlock")  # what gradient checkpointing runs again
 
 
 def inputs(denoiser: Denoiser, rows: int, height: int, width: int, *, device: str = "meta",
@@ -52,6 +54,15 @@ def saved_bytes(denoiser: Denoiser, rows: int, height: int, width: int, *, dtype
 
     Weights are not counted, their casts are. By the rules of autocast on the CPU: on CUDA it computes norms in float32.
     """
+    with _recorded(denoiser, dtype) as (denoiser, kept):
+        own = {p.untyped_storage()._cdata for p in unwrap(denoiser.module).parameters()}
+        denoiser(*inputs(denoiser, rows, height, width, device="cpu"))
+    return sum(size for number, (_, size) in kept.items() if number not in own)
+
+
+@contextmanager
+def _recorded(denoiser: Denoiser, dtype: torch.dtype):
+    """A fake copy of the denoiser on the CPU, and what its passes keep meanwhile: storage's number -> (storage, bytes)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     denoiser = copy.copy(denoiser)
@@ -65,11 +76,28 @@ def saved_bytes(denoiser: Denoiser, rows: int, height: int, width: int, *, dtype
 
     with FakeTensorMode():  # of the CPU, where meta tensors would have no fused attention
         _imitate(denoiser.module)
-        own = {p.untyped_storage()._cdata for p in denoiser.module.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), \
                 torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            denoiser(*inputs(denoiser, rows, height, width, device="cpu"))
-    return sum(size for number, (_, size) in kept.items() if number not in own)
+            yield denoiser, kept
+
+
+def largest_block(denoiser: Denoiser, rows: int, height: int, width: int, *, dtype: torch.dtype) -> int:
+    """Bytes that the greediest block keeps for its backward: what gradient checkpointing holds beside the blocks' inputs."""
+    sizes: list[int] = []
+
+    def enter(module, _):
+        module._kept_before = sum(size for _, size in kept.values())
+
+    def leave(module, *_):
+        sizes.append(sum(size for _, size in kept.values()) - module._kept_before)
+
+    with _recorded(denoiser, dtype) as (denoiser, kept):
+        for layer in unwrap(denoiser.module).modules():
+            if type(layer).__name__ in BLOCKS:
+                layer.register_forward_pre_hook(enter)
+                layer.register_forward_hook(leave)
+        denoiser(*inputs(denoiser, rows, height, width, device="cpu"))
+    return max(sizes)
 
 
 def _imitate(module: nn.Module) -> None:
