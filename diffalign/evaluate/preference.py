@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..likelihood import MaskedELBO, Simple, Weighting
+from ..likelihood import CodeLikelihood, MaskedELBO, Simple, Weighting
 from ..methods.base import Context
 from ..objectives import BestWorst
 from ..process import Independent, NoisePlan, Shared, Stratified, draw_keys
@@ -155,6 +155,28 @@ def heldout_text(ctx: Context, batches: Iterable[Batch], estimator: MaskedELBO, 
     parts = [_text_margins(ctx, batch if device is None else batch.to(device), estimator, against) for batch in batches]
     parts = [part for part in parts if len(part.policy)]
     return summarise(Margins.merge(parts)) if parts else None
+
+
+@torch.no_grad()
+def heldout_codes(ctx: Context, batches: Iterable[Batch], estimator: CodeLikelihood, *, against: str | None = "reference",
+                  device=None) -> HeldoutPreference | None:
+    """``heldout_preference`` of token music: exact log-likelihoods in nats per clip, so one draw. The change of error is per
+    code."""
+    parts = [_code_margins(ctx, batch if device is None else batch.to(device), estimator, against) for batch in batches]
+    parts = [part for part in parts if len(part.policy)]
+    return summarise(Margins.merge(parts)) if parts else None
+
+
+def _code_margins(ctx: Context, batch: Batch, estimator: CodeLikelihood, against: str | None) -> Margins:
+    est = estimator(batch, ctx, against)
+    b, w, l = _decided(batch)
+    change = est.error if against is None else est.error - est.reference_error
+
+    def margin(likelihood: Tensor) -> Tensor:
+        return (likelihood[b, w] - likelihood[b, l])[:, None].cpu()
+
+    return Margins(policy=margin(est.policy), reference=None if against is None else margin(est.reference),
+                   win_error=change[b, w][:, None].cpu(), lose_error=change[b, l][:, None].cpu(), t=est.t[b, w][:, None].cpu())
 
 
 def _text_margins(ctx: Context, batch: Batch, estimator: MaskedELBO, against: str | None) -> Margins:

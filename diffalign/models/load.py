@@ -264,6 +264,18 @@ def _resolve(spec: ModelSpec) -> Path:
     return download(name, spec.revision, ["model_index.json", *patterns])
 
 
+def folder_of(spec: ModelSpec, patterns: list[str]) -> Path:
+    """A language model's folder; of a hub id the files of these patterns are downloaded, or found in the cache. Raises
+    ModelError."""
+    name = spec.pretrained_model_name_or_path
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
+        return path
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"{name}: no such folder (and not a hub id of the form owner/name)")
+    return download(name, spec.revision, patterns)
+
+
 def _weight_patterns(variant: str | None) -> tuple[str, ...]:
     """Safetensors of one variant; for none, the plain names that diffusers and transformers write."""
     if variant:

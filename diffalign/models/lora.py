@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,6 +149,21 @@ def save_lora(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str], 
 def rank_and_alpha(denoiser: Denoiser) -> tuple[int, float]:
     config = unwrap(denoiser.module).peft_config[ADAPTER]
     return config.r, float(config.lora_alpha)
+
+
+def write_peft(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str],
+               named: Callable[[str], str] = str) -> None:
+    """adapter_model.safetensors and adapter_config.json, as ``PeftModel.from_pretrained(model, folder)`` reads them, ``rank``
+    and ``alpha`` as trained. named: a weight's name in that model.
+    """
+    folder, (rank, alpha) = Path(folder), rank_and_alpha(denoiser)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {f"base_model.model.{named(name)}": x for name, x in lora_state(denoiser).items()}
+    targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in state})
+    config = {"peft_type": "LORA", "task_type": None, "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+              "target_modules": targets, "base_model_name_or_path": None, "inference_mode": True}
+    write_tensors(folder / "adapter_model.safetensors", state, {**metadata, "format": "pt", "rank": str(rank)})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def kohya_layout(denoiser: Denoiser, state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

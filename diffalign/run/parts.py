@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from ..data.sources import Online, Sampled, Stored
 from ..data.stepwise import Stepwise, StepwiseSource
 from ..errors import ConfigError
 from ..evaluate.monitor import MonitorSpec, with_defaults
-from ..likelihood import LatentScores, MaskedELBO, Transitions
+from ..likelihood import CodeLikelihood, LatentScores, MaskedELBO, Transitions
 from ..methods import Context, Preference, Probe
 from ..models.base import Denoiser, enable_gradient_checkpointing
 from ..models.latent_reward import from_denoiser
@@ -36,26 +37,24 @@ FEW = 8  # timesteps of a schedule that only a distilled model can draw with
 
 
 def is_text(recipe: Recipe | Evaluation) -> bool:
-    """Whether the model is a masked diffusion language model, of which the likelihood tells."""
-    return isinstance(getattr(recipe, "likelihood", None), MaskedELBO)
+    """Whether the model is a language model, of text or of codec tokens, of which the likelihood tells."""
+    return isinstance(getattr(recipe, "likelihood", None), MaskedELBO | CodeLikelihood)
 
 
 def base_identity(recipe: Recipe) -> str:
     """Hash of the model that training starts from. Raises ModelError."""
-    return masked_lm().model_identity(recipe.model) if is_text(recipe) else picture_identity(recipe.model)
+    return language_model(recipe).model_identity(recipe.model) if is_text(recipe) else picture_identity(recipe.model)
 
 
 def denoiser_of(recipe: Recipe, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Denoiser:
     """The model that training starts from. Raises ModelError."""
-    load = masked_lm().load_denoiser if is_text(recipe) else load_picture_denoiser
+    load = language_model(recipe).load_denoiser if is_text(recipe) else load_picture_denoiser
     return load(recipe.model, dtype=dtype, device=device)
 
 
-def masked_lm():
-    """Imported when a recipe needs it: a second's worth of transformers' models."""
-    from ..models import masked_lm as module
-
-    return module
+def language_model(recipe: Recipe):
+    """The module that loads it. Imported when a recipe needs it: a second's worth of transformers' models."""
+    return import_module(f"..models.{'masked_lm' if isinstance(recipe.likelihood, MaskedELBO) else 'musicgen'}", __package__)
 
 
 def check_before(recipe: Recipe) -> None:
@@ -141,7 +140,7 @@ def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
     tokenised instead, into memory, by every process.
     """
     if is_text(recipe):
-        return _texts(recipe, say)
+        return _texts(recipe, accelerator.device, say)
     spec, world, facts = recipe.data, world_of(accelerator), encoder_facts(recipe.model)
     resolution = spec.resolution or facts.default_resolution
     caches, loaded = [], []
@@ -165,11 +164,14 @@ def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
     return (*caches, None)[:2]
 
 
-def _texts(recipe: Recipe, say: Callable[[str], None]):
+def _texts(recipe: Recipe, device, say: Callable[[str], None]):
     spec, found = recipe.data, []
-    tokens = masked_lm().load_tokens(recipe.model, chat=spec.chat_template)
+    if isinstance(recipe.likelihood, CodeLikelihood):
+        read, how = data.read_clips, language_model(recipe).load_inputs(recipe.model, device)
+    else:
+        read, how = data.read_texts, language_model(recipe).load_tokens(recipe.model, chat=spec.chat_template)
     for part in ("train", "validation") if data.has_validation(spec) else ("train",):
-        texts = data.read_texts(spec, tokens, part=part, seed=recipe.seed)
+        texts = read(spec, how, part=part, seed=recipe.seed)
         report = texts.report
         say(f"{part}: {report['groups']} groups of {report['rows']} rows ({report['ties']} ties, {report['bad_rows']} bad), "
             f"{report['tokens']:,} tokens, the longest row has {report['longest']}")

@@ -71,7 +71,7 @@ def check(recipe: Recipe, printer: Printer = silent) -> dict:
 
 def _no_text(recipe: Recipe, command: str, why: str) -> None:
     if parts.is_text(recipe):
-        raise ConfigError(f"likelihood.kind: `diffalign {command}` is not for masked text ({why})")
+        raise ConfigError(f"likelihood.kind: `diffalign {command}` is not for language models ({why})")
 
 
 def _brief(value) -> str:

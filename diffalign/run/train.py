@@ -13,9 +13,9 @@ from .. import data
 from ..config import Recipe, as_tree, dump
 from ..evaluate.card import write_card
 from ..evaluate.files import write, write_json
-from ..evaluate.preference import before_and_after, heldout_preference, heldout_scores, heldout_text
+from ..evaluate.preference import before_and_after, heldout_codes, heldout_preference, heldout_scores, heldout_text
 from ..evaluate.report import write_report
-from ..likelihood import LatentScores, Simple
+from ..likelihood import CodeLikelihood, LatentScores, Simple
 from ..methods import Preference
 from ..models.base import Denoiser
 from ..models.load import save_pipeline
@@ -128,6 +128,8 @@ def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accele
     batches = data.fixed_batches(cache, max(1, 2 * recipe.train.train_batch_size), seed=recipe.seed)
     if isinstance(recipe.likelihood, LatentScores):
         return heldout_scores(ctx, batches, noise=recipe.likelihood.noise, device=accelerator.device)
+    if isinstance(recipe.likelihood, CodeLikelihood):
+        return heldout_codes(ctx, batches, recipe.likelihood, against=_base_set(method, bank), device=accelerator.device)
     if parts.is_text(recipe):
         return heldout_text(ctx, batches, recipe.likelihood, against=_base_set(method, bank), device=accelerator.device)
     return heldout_preference(ctx, batches, against=_base_set(method, bank), device=accelerator.device,
