@@ -39,7 +39,8 @@ def codes_of(n, frames, seed=0):
 
 def batch_of(codes, states, k=2):
     groups = len(codes) // k
-    return Batch(x0=codes.unflatten(0, (groups, k)), cond=padded_states(states, k), valid=torch.ones(groups, k, dtype=torch.bool),
+    return Batch(x0=codes.unflatten(0, (groups, k)), cond=padded_states(states, k),
+                 valid=torch.ones(groups, k, dtype=torch.bool),
                  utility=torch.tensor([1.0, 0.0])[:k].expand(groups, k), key=torch.zeros(groups, 2, dtype=torch.int64))
 
 
@@ -161,7 +162,8 @@ def test_saved_weights_are_a_model_of_the_stock_class(folder, tmp_path):
         next(iter(bank.trainable().values())).add_(1.0)
     bank.save(tmp_path, {})
     again = MusicgenForConditionalGeneration.from_pretrained(tmp_path / "model")
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["architectures"] == ["MusicgenForConditionalGeneration"]
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["architectures"] == ["MusicgenForConditionalGeneration"]
     for name, x in bank.denoiser.module.state_dict().items():
         assert torch.equal(x, again.state_dict()[name])
     assert load_inputs(spec_of(tmp_path / "model")).states("a").shape == (2, 12)
