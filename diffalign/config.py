@@ -635,9 +635,9 @@ def _check_latent_reward(recipe: Recipe) -> None:
 
 
 # options that say something of pictures or of diffusers pipelines, with the values that say nothing
-_OF_PICTURES = {"data": ("image_root", "resolution", "aspect_ratio_buckets", "random_flip", "caption_dropout", "cache_dir"),
-                "model": ("variant", "pretrained_vae_model_name_or_path", "fuse_lora", "distilled"),
-                "train": ("enable_xformers_memory_efficient_attention",)}
+OF_PICTURES = {"data": ("image_root", "resolution", "aspect_ratio_buckets", "random_flip", "caption_dropout", "cache_dir"),
+               "model": ("variant", "pretrained_vae_model_name_or_path", "fuse_lora", "distilled"),
+               "train": ("enable_xformers_memory_efficient_attention",)}
 _OF_TEXT = ("chat_template", "max_tokens")
 _TOKENS = {likelihood.MaskedELBO: ("masked", "text"), likelihood.CodeLikelihood: ("codes", "codec tokens")}
 
@@ -651,7 +651,7 @@ def _check_text(recipe: Recipe) -> None:
                 raise ConfigError(f"data.{name}: is of text, which likelihood.kind=masked reads; leave it out")
     if kind is None:
         return
-    for section, names in _OF_PICTURES.items():
+    for section, names in OF_PICTURES.items():
         part = getattr(recipe, section)
         name = next((name for name in names if getattr(part, name) != getattr(type(part), name)), None)
         if name is not None:

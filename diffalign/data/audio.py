@@ -18,7 +18,7 @@ _SCALE = {"u1": 128.0, "i2": 2.0**15, "i4": 2.0**31}
 
 
 def read_wav(data: bytes, rate: int) -> np.ndarray:
-    """[samples] float32 in [-1, 1], channels averaged. rate: Hz that is needed; nothing is resampled behind anybody's back.
+    """[channels, samples] float32 in [-1, 1]. rate: Hz that is needed; nothing is resampled behind anybody's back.
 
     Raises DataError: no WAV, another rate, no samples, not a number, silent, or clipped (flat tops at full scale).
     """
@@ -33,14 +33,14 @@ def read_wav(data: bytes, rate: int) -> np.ndarray:
     kind = samples.dtype.str[1:]
     if samples.size == 0:
         raise DataError("holds no samples")
-    wave = ((samples.astype(np.float64) - _ZERO.get(kind, 0)) / _SCALE.get(kind, 1.0))
-    wave = (wave.mean(1) if wave.ndim == 2 else wave).astype(np.float32)
+    wave = ((samples.astype(np.float64) - _ZERO.get(kind, 0)) / _SCALE.get(kind, 1.0)).astype(np.float32)
+    wave = np.ascontiguousarray(np.atleast_2d(wave.T))
     check_wave(wave)
     return wave
 
 
 def check_wave(wave: np.ndarray) -> None:
-    """wave: [samples] in [-1, 1]. Raises DataError for values that are no numbers, silence, and clipping."""
+    """wave: [channels, samples] in [-1, 1]. Raises DataError for values that are no numbers, silence, and clipping."""
     if not np.isfinite(wave).all():
         raise DataError("holds samples that are no numbers")
     peak = float(np.abs(wave).max())
@@ -53,6 +53,7 @@ def check_wave(wave: np.ndarray) -> None:
 
 def _flat(wave: np.ndarray) -> float:
     """Share of samples that belong to runs of three or more at full scale, of one sign."""
+    wave = np.pad(wave, ((0, 0), (0, 1))).reshape(-1)  # a zero between the channels
     full = np.sign(wave) * (np.abs(wave) >= 0.999)
     edges = np.flatnonzero(np.diff(full, prepend=np.nan, append=np.nan) != 0)
     runs = np.diff(edges)

@@ -30,7 +30,7 @@ class Clips(Texts):
         sizes = [answer.size for group in groups for answer in group.answers]
         self.elements = round(sum(sizes) / len(sizes))
 
-    def tensors(self, groups: list[Group], rows: list[tuple[np.ndarray, np.ndarray]]) -> dict:
+    def tensors(self, groups: list[Group], rows: list[tuple[np.ndarray, np.ndarray]], visits: np.ndarray) -> dict:
         from ..models.musicgen import padded_states
 
         codebooks = len(rows[0][1])
@@ -72,6 +72,6 @@ def _encoded(row: Row, inputs: Inputs, states: dict[str, np.ndarray]) -> Group:
 def _codes(clip: ImageRef | np.ndarray, row: Row, inputs: Inputs) -> np.ndarray:
     where, data = (row.where, None) if isinstance(clip, np.ndarray) else (clip.where, clip.read())
     try:
-        return inputs.checked(clip) if data is None else inputs.encode(read_wav(data, inputs.rate))
+        return inputs.checked(clip) if data is None else inputs.encode(read_wav(data, inputs.rate).mean(0))
     except DataError as error:
         raise DataError(f"{where}: {error}") from None

@@ -56,14 +56,15 @@ class Texts:
     def __call__(self, numbers: np.ndarray, visits: np.ndarray, places: np.ndarray | None = None) -> Batch:
         groups = [self._groups[int(i)] for i in numbers]
         # a group with fewer candidates is filled up with its first, marked as not valid
-        rows = [(group.prompt, answer) for group in groups for answer in _filled(group.answers, self.k)]
-        return Batch(**self.tensors(groups, rows), utility=torch.tensor([_filled(group.utility, self.k) for group in groups]),
+        rows = [(group.prompt, answer) for group in groups for answer in filled(group.answers, self.k)]
+        return Batch(**self.tensors(groups, rows, visits),
+                     utility=torch.tensor([filled(group.utility, self.k) for group in groups]),
                      valid=torch.tensor([[i < len(group.answers) for i in range(self.k)] for group in groups]),
                      key=torch.tensor([[group.row, int(visit)] for group, visit in zip(groups, visits, strict=True)],
                                       dtype=torch.int64),
                      soft=self._soft(groups), place=None if places is None else torch.from_numpy(places))
 
-    def tensors(self, groups: list[Group], rows: list[tuple[np.ndarray, np.ndarray]]) -> dict:
+    def tensors(self, groups: list[Group], rows: list[tuple[np.ndarray, np.ndarray]], visits: np.ndarray) -> dict:
         """x0 and cond of a batch. rows: prompt and answer of every candidate, those of a group one after the other."""
         length = max(len(prompt) + len(answer) for prompt, answer in rows)
         x0 = np.full((len(rows), length), self.end_id, dtype=np.int64)
@@ -114,7 +115,7 @@ def _tokenised(row: Row, tokens: Tokens, longest: int) -> Group:
                   answers=tuple(np.asarray(ids, np.int32) for ids in answers))
 
 
-def _filled(items: tuple, k: int) -> tuple:
+def filled(items: tuple, k: int) -> tuple:
     return (*items, *[items[0]] * (k - len(items)))
 
 

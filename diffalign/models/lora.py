@@ -44,7 +44,7 @@ def attach(denoiser: Denoiser, lora: LoRA, *, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            module.add_adapter(config, adapter_name=ADAPTER)
+            _add(module, config)
         except ValueError as error:
             raise ConfigError(f"model.lora.target_modules: {targets} cannot all carry a LoRA ({str(error).splitlines()[0]}); "
                               f"the family's default is {list(denoiser.lora_targets)}") from error
@@ -52,6 +52,16 @@ def attach(denoiser: Denoiser, lora: LoRA, *, seed: int) -> None:
         parameter.data = parameter.data.float()
     for layer in adapter_layers(module):  # peft would cast inputs to float32 and autocast back: copies for every layer
         layer.cast_input_dtype_enabled = False
+
+
+def _add(module: nn.Module, config) -> None:
+    if hasattr(module, "add_adapter"):
+        return module.add_adapter(config, adapter_name=ADAPTER)
+    from peft import inject_adapter_in_model  # some diffusers models lack the method (StableAudioDiTModel)
+
+    inject_adapter_in_model(config, module, ADAPTER)
+    module.peft_config = {ADAPTER: config}
+    return None
 
 
 def _check_targets(denoiser: Denoiser, targets: list[str]) -> None:

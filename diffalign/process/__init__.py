@@ -1,7 +1,7 @@
 """Forward processes (Gaussian, masking; the delay of codec tokens), parameterizations, times, noise plans and solver steps."""
 
 from .delay import Delay
-from .gaussian import Process, RectifiedFlow, VariancePreserving
+from .gaussian import Process, RectifiedFlow, Trigonometric, VariancePreserving
 from .masked import Masking
 from .noise import CURRENT, Independent, Inverted, NoisePlan, ReNoised, Shared, candidate_keys, draw_keys
 from .parameterization import X0, Eps, Parameterization, V, Velocity
@@ -14,5 +14,5 @@ SEQUENCES = {"random": Random, "stratified": Stratified, "antithetic": Antitheti
 
 __all__ = ["CURRENT", "NOISES", "SEQUENCES", "TIMES", "Antithetic", "Delay", "Discrete", "Eps", "Geometric", "Independent",
            "Inverted", "LogitNormal", "LowDiscrepancy", "Masking", "Mixture", "NoisePlan", "Parameterization", "Process",
-           "Random", "ReNoised", "RectifiedFlow", "Sequence", "Shared", "Stratified", "Times", "Uniform", "V",
-           "VariancePreserving", "Velocity", "X0", "candidate_keys", "draw_keys"]
+           "Random", "ReNoised", "RectifiedFlow", "Sequence", "Shared", "Stratified", "Times", "Trigonometric",
+           "Uniform", "V", "VariancePreserving", "Velocity", "X0", "candidate_keys", "draw_keys"]

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from .. import data
-from ..config import Evaluation, Recipe, check_layout
+from ..config import OF_PICTURES, Evaluation, Recipe, check_layout
 from ..data.prompts import read_prompts
 from ..data.sources import Online, Sampled, Stored
 from ..data.stepwise import Stepwise, StepwiseSource
 from ..errors import ConfigError
 from ..evaluate.monitor import MonitorSpec, with_defaults
-from ..likelihood import CodeLikelihood, LatentScores, MaskedELBO, Transitions
+from ..likelihood import CodeLikelihood, DenoisingELBO, LatentScores, MaskedELBO, Transitions
 from ..methods import Context, Preference, Probe
 from ..models.base import Denoiser, enable_gradient_checkpointing
 from ..models.latent_reward import from_denoiser
@@ -41,6 +41,29 @@ def is_text(recipe: Recipe | Evaluation) -> bool:
     return isinstance(getattr(recipe, "likelihood", None), MaskedELBO | CodeLikelihood)
 
 
+def is_audio(recipe: Recipe | Evaluation) -> bool:
+    """Whether the model is a pipeline of sounds. Raises ModelError."""
+    return not is_text(recipe) and inspect(recipe.model)[1].audio
+
+
+def check_audio(recipe: Recipe) -> None:
+    """Options of pictures, for a pipeline of sounds. Raises ConfigError."""
+    if not is_audio(recipe):
+        return
+    for section, names in OF_PICTURES.items():
+        part = getattr(recipe, section)
+        name = next((name for name in names if name not in ("image_root", "variant", "distilled")
+                     and getattr(part, name) != getattr(type(part), name)), None)
+        if name is not None:
+            raise ConfigError(f"{section}.{name}: is of pictures, and this model makes sounds; leave it out")
+    for name in ("evaluate", "monitor"):
+        if getattr(recipe, name) is not None:
+            raise ConfigError(f"{name}: draws pictures, and this model makes sounds; set it to null")
+    if not isinstance(recipe.source, Stored) or not isinstance(recipe.likelihood, DenoisingELBO):
+        raise ConfigError("source.kind: sounds are trained from stored pairs with likelihood.kind=denoising; leave both at "
+                          "their defaults")
+
+
 def base_identity(recipe: Recipe) -> str:
     """Hash of the model that training starts from. Raises ModelError."""
     return language_model(recipe).model_identity(recipe.model) if is_text(recipe) else picture_identity(recipe.model)
@@ -60,6 +83,7 @@ def language_model(recipe: Recipe):
 def check_before(recipe: Recipe) -> None:
     """What can be refused from the recipe and the headers of its files, before anything is decoded or loaded."""
     check_layout(recipe, data.detect_layout(recipe.data))
+    check_audio(recipe)
     _check_distilled(recipe)
     check_evaluate(recipe)
     check_monitor(recipe)
@@ -136,11 +160,11 @@ def check_monitor(recipe: Recipe) -> None:
 
 
 def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
-    """The caches of training and held-out data (or None), built where missing; the encoders are freed afterwards. Text is
-    tokenised instead, into memory, by every process.
+    """The caches of training and held-out data (or None), built where missing; the encoders are freed afterwards. Text and
+    audio have none: they are read into memory.
     """
-    if is_text(recipe):
-        return _texts(recipe, accelerator.device, say)
+    if is_text(recipe) or is_audio(recipe):
+        return _in_memory(recipe, accelerator.device, say)
     spec, world, facts = recipe.data, world_of(accelerator), encoder_facts(recipe.model)
     resolution = spec.resolution or facts.default_resolution
     caches, loaded = [], []
@@ -164,20 +188,23 @@ def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
     return (*caches, None)[:2]
 
 
-def _texts(recipe: Recipe, device, say: Callable[[str], None]):
+def _in_memory(recipe: Recipe, device, say: Callable[[str], None]):
+    """Text, codec tokens and audio latents are held in memory by every process."""
     spec, found = recipe.data, []
     if isinstance(recipe.likelihood, CodeLikelihood):
-        read, how = data.read_clips, language_model(recipe).load_inputs(recipe.model, device)
+        read, how, unit = data.read_clips, language_model(recipe).load_inputs(recipe.model, device), "frames"
+    elif is_text(recipe):
+        read, how, unit = data.read_texts, language_model(recipe).load_tokens(recipe.model, chat=spec.chat_template), "tokens"
     else:
-        read, how = data.read_texts, language_model(recipe).load_tokens(recipe.model, chat=spec.chat_template)
+        read, how, unit = data.read_sounds, load_encoders(recipe.model, device), "seconds"
     for part in ("train", "validation") if data.has_validation(spec) else ("train",):
-        texts = read(spec, how, part=part, seed=recipe.seed)
-        report = texts.report
+        rows = read(spec, how, part=part, seed=recipe.seed)
+        report = rows.report
         say(f"{part}: {report['groups']} groups of {report['rows']} rows ({report['ties']} ties, {report['bad_rows']} bad), "
-            f"{report['tokens']:,} tokens, the longest row has {report['longest']}")
+            f"the longest has {report['longest']:.6g} {unit}")
         for name in report["bad"]:
             say(f"  skipped {name}")
-        found.append(texts)
+        found.append(rows)
     return (*found, None)[:2]
 
 

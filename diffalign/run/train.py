@@ -79,8 +79,8 @@ class _ResolvedConfig:
 
 def _finish(recipe: Recipe, bank: WeightBank, facts: dict) -> None:
     """Files for people: the LoRA is written by the loop; a full fine-tune becomes a whole pipeline folder."""
-    output_dir = Path(recipe.output_dir)
-    if isinstance(recipe.likelihood, LatentScores) or parts.is_text(recipe):
+    output_dir, lora = Path(recipe.output_dir), recipe.model.lora is not None
+    if isinstance(recipe.likelihood, LatentScores) or parts.is_text(recipe) or (lora and parts.is_audio(recipe)):
         # the loop has written it; there is no pipeline to make a card for
         write_json(output_dir / SUMMARY, facts)
         write_report(output_dir, run_of(recipe, facts), None)

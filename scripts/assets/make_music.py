@@ -160,7 +160,7 @@ def make_model(codec: EncodecModel, words: int, seed: int) -> MusicgenForConditi
     torch.manual_seed(seed)
     text = T5Config(vocab_size=words, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, dropout_rate=0.0)
     decoder = MusicgenDecoderConfig(
-        vocab_size=WORDS, num_codebooks=CODEBOOKS, hidden_size=64, ffn_dim=192, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=WORDS, num_codebooks=CODEBOOKS, hidden_size=64, ffn_dim=192, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=128, dropout=0.0, pad_token_id=WORDS, bos_token_id=WORDS, audio_channels=1)
     model = MusicgenForConditionalGeneration(MusicgenConfig(text_encoder=text, audio_encoder=codec.config, decoder=decoder))
     model.audio_encoder.load_state_dict(codec.state_dict())
@@ -170,7 +170,7 @@ def make_model(codec: EncodecModel, words: int, seed: int) -> MusicgenForConditi
 
 
 def train(model: MusicgenForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, steps: int, wrong: float, seed: int,
-          batch: int = 32) -> None:
+          batch: int = 16) -> None:
     """Cross-entropy of all codes; the text encoder learns along."""
     captions, waves = drawn_clips(3000, seed, "music", wrong)
     codes, delay = codes_of(model.audio_encoder, waves), Delay(codebooks=CODEBOOKS, start_id=WORDS)
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("assets/music"))
     parser.add_argument("--codec", type=Path, default=Path("outputs/tiny-codec"), help="a codec that is there is kept")
     parser.add_argument("--codec-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--wrong", type=float, default=0.4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -242,7 +242,7 @@ def main() -> None:
         tokenizer.save_pretrained(args.model)
     spec = ModelSpec(pretrained_model_name_or_path=str(args.model), lora=None)
     denoiser, inputs = load_denoiser(spec), load_inputs(spec)
-    for name, held_out, each in (("train", False, 40), ("validation", True, 16)):
+    for name, held_out, each in (("train", False, 16), ("validation", True, 8)):
         clips = [clip for clip in every_clip() if is_held_out(clip) == held_out]
         found = samples(denoiser, inputs, clips, each, args.seed + held_out)
         right = sum(score == 1 for drawn in found for _, score in drawn)
