@@ -38,6 +38,8 @@ from .data.stepwise import JUDGES, THRESHOLDS, StepJudge, Stepwise, Threshold
 from .errors import ConfigError, first_line
 from .evaluate.monitor import MonitorSpec
 from .evaluate.spec import CheckSpec, EvaluateSpec
+from .language.propose import PROPOSERS, Proposer
+from .language.spec import RewriterSpec
 from .models.references import REFERENCES, Frozen, Past, Reference
 from .models.spec import ModelSpec
 from .reward_training.spec import RewardRecipe
@@ -90,6 +92,15 @@ class Evaluation:
             raise ValueError("evaluate.models is empty; without training (data, objective), say what to compare the base with")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptsTask:
+    """What to do with a recipe of a prompt rewriter."""
+
+    ACTIONS: typing.ClassVar = ("evolve", "train", "rewrite")
+    action: str
+    spec: RewriterSpec
+
+
 # every slot with alternatives: annotation -> (table of kinds, default kind, entry point group)
 _SLOTS = {
     objectives.Objective: (objectives.OBJECTIVES, None, "diffalign.objectives"),
@@ -115,6 +126,7 @@ _SLOTS = {
     Editor: (EDITORS, None, None),
     StepJudge: (JUDGES, None, None),
     Threshold: (THRESHOLDS, "constant", None),
+    Proposer: (PROPOSERS, "rewriter", None),
 }
 
 
@@ -140,6 +152,14 @@ def load_rich(path: str | Path, overrides: typing.Sequence[str] = ()) -> RichSpe
 def load_reward_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> RewardRecipe:
     """A recipe of ``diffalign train-reward``, read as ``load_recipe`` reads one. Raises ConfigError."""
     return _build(RewardRecipe, _overridden(read_tree(Path(path)), overrides), "")
+
+
+def load_prompts(action: str, path: str | Path, overrides: typing.Sequence[str] = ()) -> PromptsTask:
+    """What ``diffalign prompts`` is told: an action and a recipe, read as ``load_recipe`` reads one. Raises ConfigError."""
+    if action not in PromptsTask.ACTIONS:
+        raise ConfigError(f"prompts: no action called {_show(action)}.{_did_you_mean(action, PromptsTask.ACTIONS)} "
+                          f"Known: {', '.join(PromptsTask.ACTIONS)}.")
+    return PromptsTask(action=action, spec=_build(RewriterSpec, _overridden(read_tree(Path(path)), overrides), ""))
 
 
 def load_score(rewards: str, data: str, overrides: typing.Sequence[str] = ()) -> ScoreSpec:

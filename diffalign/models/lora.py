@@ -115,14 +115,18 @@ def adapter_layers(module: nn.Module) -> list[BaseTunerLayer]:
 
 @contextmanager
 def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
-    """The base model alone. The adapters are on again afterwards, also after an exception, and so before any backward."""
+    """The base model alone. The adapters are on again afterwards, also after an exception, and so before any backward.
+
+    The flag alone: peft's ``enable_adapters`` also walks through all requires_grad, which costs SDXL's 560 layers tens of
+    milliseconds a step and means nothing to a pass without gradients.
+    """
     try:
         for layer in layers:
-            layer.enable_adapters(False)
+            layer._disable_adapters = True
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer._disable_adapters = False
 
 
 def lora_state(denoiser: Denoiser) -> dict[str, Tensor]:

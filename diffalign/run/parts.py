@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..evaluate.monitor import MonitorSpec, with_defaults
 from ..likelihood import CodeLikelihood, DenoisingELBO, LatentScores, MaskedELBO, Transitions
 from ..methods import Context, Preference, Probe
-from ..models.base import Denoiser, enable_gradient_checkpointing
+from ..models.base import Denoiser, compile_blocks, enable_gradient_checkpointing
 from ..models.latent_reward import from_denoiser
 from ..models.load import encoder_facts, inspect, is_distilled, load_encoders
 from ..models.load import load_denoiser as load_picture_denoiser
@@ -29,6 +29,7 @@ from ..objectives.sft import winners
 from ..rewards import Reward, columns_of, judged
 from ..rewards import check as check_reward
 from ..sampling.scheduler import make_scheduler
+from ..train import is_sharding_asked
 from ..types import Memory
 from ..world import world_of
 
@@ -87,11 +88,24 @@ def check_before(recipe: Recipe) -> None:
     _check_distilled(recipe)
     check_evaluate(recipe)
     check_monitor(recipe)
+    _check_sharded(recipe)
     judge = getattr(recipe.source, "judge", None)
     check_judge("source.judge.reward" if judge else "source.reward", getattr(judge or recipe.source, "reward", None),
                 given=("t",) if judge else ())
     if hasattr(judge, "check_for"):
         judge.check_for(recipe.model)
+
+
+def _check_sharded(recipe: Recipe) -> None:
+    """Passes through weights that are cut are collective: all processes must make the same, through the whole model."""
+    if not is_sharding_asked():
+        return
+    if recipe.monitor is not None:
+        raise ConfigError("monitor: cannot draw with weights that FSDP2 has cut; set monitor=null and evaluate afterwards, or "
+                          "train with configs/accelerate/ddp.yaml")
+    if isinstance(recipe.likelihood, LatentScores):
+        raise ConfigError("likelihood: a latent reward model runs a part of the model only, which FSDP2 cannot cut; train it "
+                          "with configs/accelerate/ddp.yaml")
 
 
 def identity_of(recipe: Recipe) -> dict[str, str]:
@@ -273,6 +287,20 @@ def context(recipe: Recipe, bank: WeightBank, accelerator) -> Context:
 
     denoiser = bank.denoiser
     return Context(predict=predict, process=denoiser.process, param=denoiser.param, seed=recipe.seed, step=0, memory=Memory())
+
+
+def compiled(recipe: Recipe, bank: WeightBank, stored: data.Offline, accelerator) -> str | None:
+    """Compile the denoiser's blocks, tried on a pass of the first micro-batch's size. Returns why they stay as they are."""
+    def attempt():
+        batch = stored.take(0)[0].to(accelerator.device)
+        t = torch.full((batch.groups * batch.k,), 0.5, device=accelerator.device)
+        bank.denoiser.module.train()
+        raw = context(recipe, bank, accelerator).predict("policy", batch.x0.flatten(0, 1), t, batch.cond.rows(batch.k))
+        raw.float().square().mean().backward()
+        for parameter in bank.trainable().values():
+            parameter.grad = None
+
+    return compile_blocks(bank.denoiser, attempt)
 
 
 def stored_of(recipe: Recipe, cache, world) -> data.Offline:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import data
 from ..config import Recipe, as_tree
+from ..data.stepwise import Stepwise
 from ..evaluate.card import fused_name
 from ..evaluate.compare import said
 from ..evaluate.report import Run
@@ -17,6 +18,7 @@ from ..objectives import title_of
 
 Printer = Callable[[str], None]  # takes one line of text: ``print`` for people, nothing for programs
 SUMMARY, LORA_FILE, PIPELINE = "train.json", "pytorch_lora_weights.safetensors", "pipeline"
+TRAINED = "config.resolved.yaml"  # the recipe that a run was trained with
 _SUBJECTS = {MaskedELBO: "answers", CodeLikelihood: "clips"}  # what a model makes, where it makes no pictures
 
 
@@ -57,7 +59,7 @@ def run_of(recipe: Recipe, facts: dict) -> Run:
                total_seconds=facts.get("total_seconds", facts["wall_seconds"]), heldout=facts["heldout"],
                subject=_SUBJECTS.get(type(recipe.likelihood), "pictures"),
                metrics=output_dir / "metrics.jsonl", config=as_tree(recipe), files=tuple(files),
-               command=f"diffalign train {shlex.quote(str(output_dir / 'config.resolved.yaml'))}")
+               command=f"diffalign train {shlex.quote(str(output_dir / TRAINED))}")
 
 
 def _beta(recipe: Recipe) -> float | None:
@@ -80,5 +82,8 @@ def title(recipe: Recipe) -> str:
 
 
 def method_name(recipe: Recipe) -> str:
-    """What papers call it."""
-    return getattr(recipe.likelihood, "title", None) or title_of(recipe.objective)
+    """What papers call it: a method of steps by its judge, any other by its objective."""
+    if isinstance(recipe.source, Stepwise):
+        return recipe.source.judge.title
+    own = " on its own samples" if recipe.source.reads_prompts_only else ""
+    return (getattr(recipe.likelihood, "title", None) or title_of(recipe.objective)) + own
