@@ -673,7 +673,8 @@ def _check_text(recipe: Recipe) -> None:
         return
     for section, names in OF_PICTURES.items():
         part = getattr(recipe, section)
-        name = next((name for name in names if getattr(part, name) != getattr(type(part), name)), None)
+        name = next((name for name in names if getattr(part, name) != getattr(type(part), name)
+                     and (kind, name) != ("codes", "image_root")), None)  # clips may be files, too
         if name is not None:
             raise ConfigError(f"{section}.{name}: is of pictures, and likelihood.kind={kind} trains on {subject}; leave it "
                               "out")

@@ -37,6 +37,7 @@ from diffalign.types import Memory
 
 MODELS = {"base": "origin", "trained": "current"}
 SHOWN = 6  # prompts in the report
+ROWS = 72  # clips that are drawn at once
 
 
 def bank_of(recipe: Recipe) -> WeightBank:
@@ -53,11 +54,10 @@ def bank_of(recipe: Recipe) -> WeightBank:
 def drawn(bank: WeightBank, inputs: Inputs, name: str, prompts: list[str], each: int, seed: int) -> list[np.ndarray]:
     """Waveforms [each, samples] for every prompt."""
     ctx = Context(predict=bank.predict, process=bank.denoiser.process, param=None, seed=seed, step=0, memory=Memory())
-    sampler, found = CodeSampler(frames=SAMPLES // FRAME), []
-    for i, prompt in enumerate(prompts):
-        codes = sampler(ctx, name, inputs.cond([prompt] * each), torch.tensor([[i, s] for s in range(each)]))
-        found.append(inputs.decode(codes).numpy())
-    return found
+    sampler, keys = CodeSampler(frames=SAMPLES // FRAME), torch.cartesian_prod(torch.arange(len(prompts)), torch.arange(each))
+    codes = torch.cat([sampler(ctx, name, inputs.cond([prompts[i] for i in part[:, 0].tolist()]), part)
+                       for part in keys.split(ROWS)])
+    return [inputs.decode(part).numpy() for part in codes.split(each)]
 
 
 def compared(recipe: Recipe, prompts: list[str], each: int) -> Sounds:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--prompts", type=Path, default=Path("assets/music/heldout_prompts.txt"))
-    parser.add_argument("--each", type=int, default=16, help="clips for each prompt and model")
+    parser.add_argument("--each", type=int, default=8, help="clips for each prompt and model")
     args = parser.parse_args(argv)
     try:
         _quiet_libraries()

@@ -17,7 +17,7 @@ from .. import _compat  # noqa: F401  (before diffusers)
 from ..errors import ConfigError, ModelError
 from .base import Denoiser, unwrap
 from .folder import check_weights
-from .spec import LoRA
+from .spec import PEFT, LoRA
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -173,10 +173,11 @@ def write_peft(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str],
     folder, (rank, alpha) = Path(folder), rank_and_alpha(denoiser)
     folder.mkdir(parents=True, exist_ok=True)
     state = {f"base_model.model.{named(name)}": x for name, x in lora_state(denoiser).items()}
-    targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in state})
+    layers = [name.split(".lora_")[0].rsplit(".", 2)[1:] for name in state]
+    targets = sorted({".".join(path) if path[-1].isdigit() else path[-1] for path in layers})  # "to_out.0", not "0"
     config = {"peft_type": "LORA", "task_type": None, "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
               "target_modules": targets, "base_model_name_or_path": None, "inference_mode": True}
-    write_tensors(folder / "adapter_model.safetensors", state, {**metadata, "format": "pt", "rank": str(rank)})
+    write_tensors(folder / PEFT, state, {**metadata, "format": "pt", "rank": str(rank)})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -17,7 +17,7 @@ def make(folder, seed=0):
     torch.manual_seed(seed)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    vae = AutoencoderOobleck(encoder_hidden_size=4, downsampling_ratios=[2, 2], channel_multiples=[1, 2], decoder_channels=4,
+    vae = AutoencoderOobleck(encoder_hidden_size=8, downsampling_ratios=[2, 2], channel_multiples=[1, 2], decoder_channels=4,
                              decoder_input_channels=4, audio_channels=2, sampling_rate=RATE)
     transformer = StableAudioDiTModel(
         sample_size=FRAMES, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
