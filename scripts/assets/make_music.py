@@ -5,7 +5,7 @@
 Three parts. The codec: transformers' EncodecModel trained as an autoencoder on synthesised clips (``rewards/clips.py``), then
 codebooks by residual k-means of its latents, then the decoder once more on what the codebooks leave. The language model: a
 small MusicgenForConditionalGeneration on the codec's codes; a share of its clips has one attribute wrong, on purpose, so that
-it leaves something to align. Preferences: its own samples for training captions, a right one against a wrong one, as codes. A
+it leaves something to align. Preferences: its own samples for training captions, better ones against worse ones, as codes. A
 third of the captions is held out of the preferences (``is_held_out``). Everything is a function of the seed.
 """
 
@@ -47,7 +47,7 @@ from diffalign.rewards.clips import FRAME, RATE, SAMPLES, Clip, Clips, every_cli
 from diffalign.sampling.music import CodeSampler
 from diffalign.types import Memory
 
-CODEBOOKS, WORDS = 4, 32
+CODEBOOKS, WORDS, ROWS = 4, 32, 72  # ROWS: clips that are drawn at once
 CODEC = {"sampling_rate": RATE, "audio_channels": 1, "normalize": False, "num_filters": 8, "num_residual_layers": 1,
          "num_lstm_layers": 1, "upsampling_ratios": [5, 4, 4], "hidden_size": 32, "codebook_size": WORDS, "codebook_dim": 32,
          "target_bandwidths": [CODEBOOKS * math.log2(WORDS) * RATE / 80 / 1000]}
@@ -197,21 +197,24 @@ def samples(denoiser: MusicGen, inputs: Inputs, clips: list[Clip], each: int, se
     """(codes, score) of ``each`` samples for every clip's caption, by the base's own distribution."""
     ctx = Context(predict=lambda name, *args: denoiser(*args), process=denoiser.process, param=None, seed=seed, step=0,
                   memory=Memory())
-    reward, found = Clips(), []
-    for i, clip in enumerate(clips):
-        codes = CodeSampler(frames=SAMPLES // FRAME)(ctx, "policy", inputs.cond([clip.caption] * each),
-                                                     torch.tensor([[i, s] for s in range(each)]))
-        scores = reward(inputs.decode(codes).numpy(), [clip.caption] * each)
-        found.append(list(zip(codes, scores.tolist(), strict=True)))
-    return found
+    keys = torch.cartesian_prod(torch.arange(len(clips)), torch.arange(each))
+    captions = [clips[i].caption for i in keys[:, 0].tolist()]
+    sampler, parts = CodeSampler(frames=SAMPLES // FRAME), range(0, len(keys), ROWS)
+    codes = torch.cat([sampler(ctx, "policy", inputs.cond(captions[at:at + ROWS]), keys[at:at + ROWS]) for at in parts])
+    scores = torch.cat([Clips()(inputs.decode(codes[at:at + ROWS]).numpy(), captions[at:at + ROWS]) for at in parts])
+    rows = list(zip(codes, scores.tolist(), strict=True))
+    return [rows[at:at + each] for at in range(0, len(rows), each)]
 
 
 def pairs(found: list[list[tuple[Tensor, float]]], clips: list[Clip]) -> list[dict]:
-    """Right samples (all attributes heard) against wrong ones, in the order in which they were drawn."""
+    """By the share of attributes that is heard: a caption's best sample against its worst, the second best against the second
+    worst, and so on while they differ.
+    """
     rows = []
     for clip, drawn in zip(clips, found, strict=True):
-        right, wrong = ([codes for codes, score in drawn if (score == 1) == truth] for truth in (True, False))
-        rows += [{"prompt": clip.caption, "chosen": w.tolist(), "rejected": l.tolist()} for w, l in zip(right, wrong)]
+        ranked = sorted(drawn, key=lambda sample: -sample[1])
+        rows += [{"prompt": clip.caption, "chosen": w.tolist(), "rejected": l.tolist()}
+                 for (w, high), (l, low) in zip(ranked[:len(ranked) // 2], ranked[::-1]) if high > low]
     return rows
 
 
@@ -245,10 +248,10 @@ def main() -> None:
     for name, held_out, each in (("train", False, 16), ("validation", True, 8)):
         clips = [clip for clip in every_clip() if is_held_out(clip) == held_out]
         found = samples(denoiser, inputs, clips, each, args.seed + held_out)
-        right = sum(score == 1 for drawn in found for _, score in drawn)
+        scores = [score for drawn in found for _, score in drawn]
         rows = pairs(found, clips)
         write_rows(args.data / f"{name}.parquet", rows)
-        print(f"{name}: {right} of {each * len(clips)} samples right, {len(rows)} pairs", flush=True)
+        print(f"{name}: {len(scores)} samples, mean score {sum(scores) / len(scores):.3f}, {len(rows)} pairs", flush=True)
     (args.data / "heldout_prompts.txt").write_text("".join(f"{c.caption}\n" for c in every_clip() if is_held_out(c)))
 
 

@@ -20,8 +20,8 @@ SHORT = {"max_train_steps": 4, "train_batch_size": 4, "learning_rate": 1e-2, "lr
          "mixed_precision": "no", "checkpointing_steps": 2, "logging_steps": 1, "cpu": True}
 
 
-def recipe(folder, model, **sections):
-    tree = {"output_dir": str(folder / "run"), "model": {"pretrained_model_name_or_path": str(model), "lora": None},
+def recipe(folder, base, **sections):
+    tree = {"output_dir": str(folder / "run"), "model": {"pretrained_model_name_or_path": str(base), "lora": None},
             "data": {"path": str(folder / "pairs.jsonl"), "validation": str(folder / "pairs.jsonl")},
             "likelihood": "codes", "train": SHORT,
             "objective": {"kind": "regularized", "origin": 0.01, "objective": {"kind": "dpo", "beta": 0.1}}}
