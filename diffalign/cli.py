@@ -46,8 +46,8 @@ _COMMANDS = {
                       "learning rate"),)),
     "check": _Command("look at data and options before the machine gets warm: counts, ties, leakage, derived numbers, sample "
                       "pairs"),
-    "plan": _Command("what a run will need, before anything is downloaded: memory by part, pairs a second, hours, disk, and the "
-                     "option to change where it does not fit", settings=(
+    "plan": _Command("what a run will need, before anything is downloaded: memory by part, pairs a second, hours, disk, and "
+                     "the option to change where it does not fit", settings=(
         ("gpu", str, "h100", "name of the card, such as h200, a100-80, 4090"),
         ("gpus", int, 1, "how many of them"),
         ("efficiency", float, 0.2, "share of the card's data-sheet rate that training reaches: an assumption"),

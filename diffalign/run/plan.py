@@ -18,7 +18,7 @@ from ..evaluate.files import write_json
 from ..likelihood import DenoisingELBO
 from ..models import LoRA
 from ..models.base import enable_gradient_checkpointing, unwrap
-from ..models.counts import flops, inputs, largest_block, saved_bytes
+from ..models.counts import flops, inputs, operations, peak_bytes
 from ..models.load import inspect
 from ..models.published import MODELS, on_meta
 from ..models.weights import WeightBank
@@ -93,8 +93,8 @@ def plan(recipe: Recipe, printer: Printer = silent, *, gpu: str = "h100", gpus: 
 @dataclass(frozen=True, kw_only=True)
 class Count:
     """Of a model as it is trained. Bytes, with all weights trained in float32: weights, trained, copies (other weight sets),
-    once and row (kept for the backward pass, whatever the rows, and of each), block (of the greediest, a row). parameters:
-    numbers. needed, spent: operations a row with its references, and with what checkpointing runs again.
+    once and row (of a pass and its backward, whatever the rows, and of each). parameters: numbers. needed, spent: operations a
+    row with its references, and with what checkpointing runs again.
     """
 
     parameters: int
@@ -103,7 +103,6 @@ class Count:
     copies: int
     once: int
     row: int
-    block: int
     needed: int
     spent: int
 
@@ -138,7 +137,7 @@ class _Plan:
         state = {"adamw": 2.0, "adamw_8bit": 0.5, "adafactor": 0.01}[recipe.train.optimizer]
         memory = {"weights": count.weights, "gradients": count.trained, "optimizer": int(state * count.trained),
                   "reference": count.copies, "moving average": count.trained if recipe.train.ema_decay else 0,
-                  "activations": count.once + rows * count.row, "checkpointed block": rows * count.block}
+                  "activations": count.once + rows * count.row}
         return Needs(memory={name: size for name, size in memory.items() if size},
                      tflop=per_group * count.needed / 1e12, spent=per_group * count.spent / 1e12)
 
@@ -180,19 +179,19 @@ def _counted(recipe: Recipe, layout: tuple, side: int) -> Count:
         bank = WeightBank.build(denoiser, recipe.model.lora, reads=parts.sets_of(recipe, method), seed=recipe.seed,
                                 forward_dtype=forward, rule=recipe.reference)
     denoiser.module.train()
-    one_pass, needed = flops(denoiser, 1, side, side)
-    spent, block = needed, 0
+    needed = flops(denoiser, 1, side, side)[1]
+    spent = needed
     if recipe.train.gradient_checkpointing:
-        block = largest_block(denoiser, 1, side, side, dtype=forward)
         enable_gradient_checkpointing(denoiser)
         spent = flops(denoiser, 1, side, side)[1]
     # of one row and of two: the casts of weights do not grow with the rows
-    one, two = (saved_bytes(denoiser, rows, side, side, dtype=forward) for rows in (1, 2))
-    references = one_pass * len(set(method.reads) - {"policy", CURRENT})
+    one, two = (peak_bytes(denoiser, rows, side, side, dtype=forward) for rows in (1, 2))
+    references = sum(operations(lambda name=name: bank.predict(name, *inputs(denoiser, 1, side, side)))
+                     for name in set(method.reads) - {"policy", CURRENT})
     module = unwrap(denoiser.module)
     return Count(parameters=sum(p.numel() for p in module.parameters()), weights=_bytes(module.parameters()),
                  trained=_bytes(bank.trainable().values()), copies=_bytes(bank.copies()), once=2 * one - two, row=two - one,
-                 block=block, needed=needed + references, spent=spent + references)
+                 needed=needed + references, spent=spent + references)
 
 
 def _refuse(recipe: Recipe) -> None:
