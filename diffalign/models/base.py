@@ -58,6 +58,8 @@ class Adapter:
     texts: ClassVar[tuple[str, ...]]        # text encoders and tokenizers that the pipeline cannot do without
     lora_targets: ClassVar[tuple[str, ...]]
     pooled_is_projected: ClassVar[bool]     # whether the pooled prompt has gone through the encoder's CLIP projection
+    hollow: ClassVar[bool] = False          # whether the pipeline cannot be built without a denoiser, be it an empty one
+    audio: ClassVar[bool] = False           # whether latents [C, L] are of sound
     kohya_prefix: ClassVar[str]             # goes before LoRA keys into convert_state_dict_to_kohya: "unet" for lora_unet_
     kohya_metadata: ClassVar[dict[str, str]]
 
