@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 BUILDS = sorted((ROOT / "configs" / "build").glob("*.yaml"))
 REWARDS = sorted((ROOT / "configs" / "rewards").glob("*.yaml"))
 REWRITERS = sorted((ROOT / "configs" / "text").glob("rewriter*.yaml"))
-RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*BUILDS, *REWARDS, *REWRITERS})
+LAUNCHES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))   # accelerate's own
+RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*BUILDS, *REWARDS, *REWRITERS, *LAUNCHES})
 
 
 def test_the_promised_recipes_are_there():
