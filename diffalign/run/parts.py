@@ -230,7 +230,7 @@ def method_of(recipe: Recipe) -> Preference:
     return Preference.of(recipe.likelihood, recipe.objective, recipe.reference)
 
 
-def _reads(recipe: Recipe, method: Preference) -> tuple[str, ...]:
+def sets_of(recipe: Recipe, method: Preference) -> tuple[str, ...]:
     """The weight sets of the method and of the source that draws its candidates."""
     return tuple(dict.fromkeys((*method.reads, *filter(None, (getattr(recipe.source, "weights", None),)))))
 
@@ -255,7 +255,7 @@ def bank_of(recipe: Recipe, method: Preference, accelerator, cache, measured: bo
     if isinstance(recipe.likelihood, LatentScores):
         denoiser = from_denoiser(denoiser, recipe.model, guidance_scale=recipe.likelihood.guidance_scale, seed=recipe.seed,
                                  text_projection=recipe.likelihood.text_projection)
-    bank = WeightBank.build(denoiser, recipe.model.lora, reads=_reads(recipe, method), seed=recipe.seed,
+    bank = WeightBank.build(denoiser, recipe.model.lora, reads=sets_of(recipe, method), seed=recipe.seed,
                             forward_dtype=forward, rule=recipe.reference, measured=measured)
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(denoiser)
