@@ -21,6 +21,7 @@ from .. import rng
 from ..data.columns import Tally, has_validation, nothing_left
 from ..errors import ConfigError, DataError, ModelError, ResourceError
 from ..evaluate.files import clean, write_json
+from ..models.load import encoder_facts
 from ..rewards.backbone import Backbone, check_backbone, load_backbone
 from ..rewards.base import Reward, check, judged
 from ..rewards.heads import LOSSES
@@ -40,6 +41,8 @@ def check_recipe(recipe: RewardRecipe) -> None:
     """Raises a UserError for what is wrong before anything is loaded or read."""
     on_device(recipe.device)
     check_backbone(_source(recipe))
+    if recipe.steps is not None:
+        encoder_facts(recipe.steps.model)
     for reward in recipe.compare:
         check(reward)
     if recipe.data.layout in ("prompts", "unpaired"):

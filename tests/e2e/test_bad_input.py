@@ -269,3 +269,14 @@ def test_rankings_with_ties_train_and_a_wrong_length_is_named(recipe, tmp_path, 
     pq.write_table(pa.table({**ranked, "scores": [[1.0, 0.5]] * len(rows)}), tmp_path / "short.parquet")
     code = recipe(f"data.path={tmp_path}/short.parquet", f"output_dir={tmp_path}/short")
     refused(capsys, code, "short.parquet", "row 0", "scores")
+
+
+def test_what_cut_weights_cannot_do_is_said_before_training(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    (Path(recipe.tree["output_dir"]).parent / "prompts.txt").write_text("a red ring\n")
+    prompts = str(Path(recipe.tree["output_dir"]).parent / "prompts.txt")
+    refused(capsys, recipe(f"monitor.prompts={prompts}", "monitor.judge=scenes"), "monitor: ", "configs/accelerate/ddp.yaml")
+    refused(capsys, recipe("train.optimizer=adafactor"), "train.optimizer: adafactor", "FSDP2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    refused(capsys, recipe(), "DeepSpeed", "configs/accelerate/zero2.yaml")

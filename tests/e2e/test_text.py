@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,12 @@ from diffalign.config import load_recipe
 from diffalign.run import train
 from tests.data.test_text import PAIRS, written
 from tests.models.test_masked_lm import make
+
+from .conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import text_accuracy  # noqa: E402
+import text_variance  # noqa: E402
 
 SHORT = {"max_train_steps": 4, "train_batch_size": 4, "learning_rate": 1e-3, "lr_scheduler": "constant",
          "mixed_precision": "no", "checkpointing_steps": 2, "validation_steps": 2, "logging_steps": 1, "cpu": True}
@@ -126,3 +133,28 @@ def test_commands_for_pictures(tmp_path, capsys, command):
 def test_text_options_are_refused_for_pictures():
     with pytest.raises(Exception, match="data.max_tokens: is of text"):
         load_recipe("configs/quickstart.yaml", ["data.max_tokens=3"])
+
+
+@pytest.mark.slow
+def test_the_scripts_for_text(whole, tmp_path, capsys):
+    """Exact accuracy of answers, and the study of variance, small."""
+    folder = whole[0]
+    path = recipe(folder)
+    written(folder / "asked.jsonl", [{"prompt": "a b", "answer": "c"}, {"prompt": "a", "answer": "f f f"}])
+    assert text_accuracy.main([path, "--prompts", str(folder / "asked.jsonl"), "--length", "4"]) == 0
+    rows = [json.loads(line) for line in (folder / "run" / "answers.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in rows] == ["c", "f f f"] and capsys.readouterr().out.count("right [") == 4
+    docs = tmp_path / "docs.md"
+    docs.write_text("before\n<!-- gradient variance -->\n<!-- end -->\nafter\n")
+    command = [path, "--out", str(tmp_path), "--pairs", "1", "--repeats", "4", "--gradient-pairs", "2",
+               "--gradient-repeats", "4", "--docs", str(docs), "--figure", str(tmp_path / "figure.png")]
+    assert text_variance.main(command) == 0 and (tmp_path / "figure.png").stat().st_size > 10_000
+    text = docs.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and text.count("| n = ") == 23 * 2 + 9
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert {len(measured[kind]) for kind in ("chains", "model")} == {23}
+    assert text_variance.main(command) == 0 and "kept" in capsys.readouterr().out
+    asked = ["--prompts", str(folder / "asked.jsonl")]
+    for script, wrong in ((text_accuracy, [path, "--prompts", "nowhere"]), (text_variance, [*command, "--repeats", "1"]),
+                          (text_accuracy, [path, f"output_dir={tmp_path / 'none'}", *asked])):
+        assert script.main(wrong) == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
