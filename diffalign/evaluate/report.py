@@ -242,9 +242,14 @@ def _comparison(comparison: Comparison | None) -> dict | None:
         for i, prompt in enumerate(comparison.prompts)]
     return {"judge": comparison.judge, "sampling": comparison.sampling, "base": comparison.base, "main": comparison.main,
             "statistics": statistics_dict(result) if result else None,
-            "categories": {name: statistics_dict(part)
-                           for name, part in comparison.categories.get(comparison.main, {}).items()},
+            "categories": _categories(comparison, comparison.main),
             "prompts": per_prompt}
+
+
+def _categories(comparison: Comparison, name: str) -> dict[str, dict]:
+    """A model's statistics by category, without verdicts: of many small comparisons some would be wrong."""
+    return {kind: {key: value for key, value in statistics_dict(part).items() if key not in ("verdict", "sentence")}
+            for kind, part in comparison.categories.get(name, {}).items()}
 
 
 def _models(comparison: Comparison | None) -> dict[str, dict]:
@@ -259,7 +264,7 @@ def _models(comparison: Comparison | None) -> dict[str, dict]:
             **(statistics_dict(result) if result else {}), "holm": comparison.corrected.get(name),
             "verdict_corrected": comparison.verdict(name),
             "survives": None if result is None else comparison.verdict(name) == result.verdict,
-            "categories": {kind: statistics_dict(part) for kind, part in comparison.categories.get(name, {}).items()},
+            "categories": _categories(comparison, name),
             "alarm": _alarm(comparison, name),
             "diversity": _ratio(_mean(side.spread), _mean(base.spread))}
     return found

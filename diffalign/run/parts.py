@@ -32,6 +32,7 @@ from ..sampling.scheduler import make_scheduler
 from ..train import is_sharding_asked
 from ..types import Memory
 from ..world import world_of
+from .optimised import training_rewards
 
 PROBE = 64  # winners that a gated reference is measured on
 FEW = 8  # timesteps of a schedule that only a distilled model can draw with
@@ -154,9 +155,16 @@ def monitor_spec(recipe: Recipe) -> MonitorSpec | None:
     """The section, with what it takes from others."""
     if recipe.monitor is None:
         return None
-    evaluate, online = recipe.evaluate, isinstance(recipe.source, Online)
+    evaluate = recipe.evaluate
     return with_defaults(recipe.monitor, prompts=evaluate.prompts if evaluate else None,
-                         judge=evaluate.judge if evaluate else None, reward=recipe.source.reward if online else None)
+                         judge=evaluate.judge if evaluate else None)
+
+
+def monitored_rewards(recipe: Recipe) -> tuple[tuple[Reward, float], ...]:
+    """What was optimised, with weights, as the monitor measures it."""
+    if recipe.monitor.reward is not None:
+        return ((recipe.monitor.reward, 1.0),)
+    return training_rewards(recipe) or ()
 
 
 def check_monitor(recipe: Recipe) -> None:
@@ -167,8 +175,9 @@ def check_monitor(recipe: Recipe) -> None:
     if spec.prompts is None:
         raise ConfigError("monitor.prompts: is missing, and there is no evaluate.prompts to take; name a file of prompts")
     read_prompts(spec.prompts, "evaluate.prompts" if recipe.monitor.prompts is None else "monitor.prompts")
-    for option, reward in {"monitor.judge": spec.judge, "monitor.reward": spec.reward}.items():
-        check_judge(option, reward)
+    check_judge("monitor.judge", spec.judge)
+    for reward, _ in monitored_rewards(recipe):
+        check_judge("monitor.reward", reward)
     if spec.early_stop is not None and spec.judge is None:
         raise ConfigError("monitor.early_stop: watches the held-out judge, and there is none; set monitor.judge")
 
