@@ -21,6 +21,7 @@ GRACE = 3.0  # seconds in which a launcher ends the other processes after one ha
 CONFIG = ("CONFIG", "a recipe, such as configs/quickstart.yaml")
 REWARDS = ("REWARDS", "kinds separated by commas, a YAML mapping of names to rewards, or a .yaml file that holds one")
 GALLERY = ("GALLERY", "JSONL table with the columns prompt, model, image, or its folder")
+ACTION = ("ACTION", "evolve, train or rewrite")
 DATA = ("DATA", "parquet, CSV, JSON or JSONL file, or a folder of pictures or of a build")
 
 
@@ -50,6 +51,8 @@ _COMMANDS = {
                       load="load_build"),
     "rich": _Command("make preference data by critique and edit: a VLM says what is wrong, an editor mends it, a reward "
                      "decides; run it again to resume", load="load_rich"),
+    "prompts": _Command("a language model learns to write prompts that a frozen pipeline follows better: evolve a pool of "
+                        "prompts, train on it, rewrite; run it again to resume", (ACTION, CONFIG), "load_prompts"),
     "train-reward": _Command("learn a reward from preferences: a Bradley-Terry or a pluralistic (PAL) head on a CLIP",
                              load="load_reward_recipe"),
     "score": _Command("write rewards' scores of a data set or a folder of pictures as columns; run it again to resume",

@@ -1,4 +1,7 @@
-"""Processes of one run: rank, sums, texts, agreement. ``Single`` is the one-process twin with the same interface."""
+"""Processes of one run: rank, sums, texts, agreement; tensors that they hold in parts.
+
+``Single`` is the one-process twin with the same interface.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ class Distributed:
         padded[:len(data)] = data[:len(padded)]
         parts = [torch.zeros_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
-        return [bytes(part[:int(n)].tolist()).decode() for part, n in zip(parts, lengths)]
+        return [part[:int(n)].cpu().numpy().tobytes().decode() for part, n in zip(parts, lengths)]
 
     def barrier(self) -> None:
         self.gather("")  # works on every backend and never needs a device id
@@ -122,3 +125,38 @@ def left_in_order():
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# --- tensors that FSDP2 has cut: each process holds some rows ---
+
+
+def is_cut(x: Tensor) -> bool:
+    """Whether this process holds a part of ``x`` only (a DTensor; asked without importing it)."""
+    return hasattr(x, "full_tensor")
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's rows of a cut tensor, in the same memory and without gradient; any other tensor, detached."""
+    return x.detach().to_local() if is_cut(x) else x.detach()
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a cut tensor, on every process: collective. Any other tensor itself."""
+    return x.detach().full_tensor() if is_cut(x) else x
+
+
+def cut_like(x: Tensor, example: Tensor) -> Tensor:
+    """A whole tensor -> this process's rows of it, cut as ``example`` is, without communication."""
+    if not is_cut(example):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x.detach().to(example.device), example.device_mesh, example.placements, src_data_rank=None)
+
+
+def joined_as(rows: Tensor, example: Tensor) -> Tensor:
+    """This process's rows -> the tensor that they are a part of, cut as ``example`` is."""
+    if not is_cut(example):
+        return rows
+    from torch.distributed.tensor import DTensor
+    return DTensor.from_local(rows, example.device_mesh, example.placements, run_check=False, shape=example.shape,
+                              stride=example.stride())

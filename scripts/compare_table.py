@@ -14,6 +14,7 @@ from diffalign import data
 from diffalign.config import Recipe, load_recipe
 from diffalign.data.columns import Tally
 from diffalign.data.sources import Online, SemiPolicy, Stored
+from diffalign.data.stepwise import Stepwise
 from diffalign.errors import ConfigError
 from diffalign.evaluate.cost import passes_per_group
 from diffalign.evaluate.files import write
@@ -244,6 +245,8 @@ def needed(recipe: Recipe, candidates: int) -> str:
     """What the data must bring."""
     if isinstance(recipe.source, Online):
         return "prompts, a reward"
+    if isinstance(recipe.source, Stepwise):
+        return "prompts, a judge"
     if isinstance(recipe.source, SemiPolicy) or isinstance(recipe.objective, SFT):
         return "winners"
     if isinstance(recipe.objective, KTO):

@@ -42,7 +42,8 @@ from diffalign.models.latent_reward import LatentReward
 from diffalign.models.load import load_pipeline, model_identity
 from diffalign.models.lora import load as load_lora
 from diffalign.run import LORA_FILE, parts
-from diffalign.train import fit, make_accelerator, world_of
+from diffalign.train import fit, make_accelerator
+from diffalign.world import world_of
 
 RECIPES = {"dpo": "configs/quickstart.yaml", "lpo": "configs/tiny/lpo.yaml", "spo": "configs/tiny/spo.yaml",
            "tailorpo": "configs/tiny/tailorpo.yaml"}

@@ -33,8 +33,8 @@ from diffalign.reward_training.predicted import Predicted
 from diffalign.rewards.latent import LatentModel
 from diffalign.rewards.learned import Learned, StepAware
 
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)
-PARTS = {"t < 0.5": slice(0, 4), "t > 0.5": slice(4, 8)}
+LEVELS = (0.1, 0.25, 0.4, 0.6, 0.75, 0.9)
+PARTS = {"t < 0.5": slice(0, 3), "t > 0.5": slice(3, 6)}
 LATENT = "latent reward model"
 BATCH = 32
 

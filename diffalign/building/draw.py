@@ -83,24 +83,31 @@ def _wanted(spec: BuildSpec, name: str, texts: Sequence[str], before: Sequence[i
 def check(spec: BuildSpec) -> None:
     """Raises a UserError for models, LoRAs and schedulers that cannot be used, from their headers alone."""
     for name, drawer in spec.models.items():
-        with _named(name, drawer):
-            folder, _ = inspect(drawer.model)
-            check_components(folder, folder.components)
-            if drawer.lora is not None:
-                check_weights([_lora(drawer)], "model.lora")
-            sampling = drawer.sampling or spec.sampling
-            make_scheduler(folder.config("scheduler"), sampling.scheduler, sampling.timestep_spacing,
-                           sampling.num_inference_steps)
+        with named(f"models.{name}", drawer):
+            check_drawer(drawer, drawer.sampling or spec.sampling)
+
+
+def check_drawer(drawer: Drawer, sampling: Sampling) -> None:
+    """The same for one model. Raises a UserError that names the options of a training recipe: see ``named``."""
+    folder, _ = inspect(drawer.model)
+    check_components(folder, folder.components)
+    if drawer.lora is not None:
+        check_weights([_lora(drawer)], "model.lora")
+    make_scheduler(folder.config("scheduler"), sampling.scheduler, sampling.timestep_spacing, sampling.num_inference_steps)
 
 
 def facts(spec: BuildSpec) -> dict[str, Any]:
     """What decides the pictures besides seed and prompts: hashes of all weights, and the sampling. Reads the files once."""
-    models = {name: {"weights": model_identity(one.model), "encoders": encoder_facts(one.model).identity,
-                     "lora": None if one.lora is None else content(_lora(one)), "lora_scale": one.lora_scale,
-                     "sampling": None if one.sampling is None else _decisive(one.sampling)}
-              for name, one in spec.models.items()}
+    models = {name: drawer_facts(one) for name, one in spec.models.items()}
     common = any(one.sampling is None for one in spec.models.values())
     return {"models": models, "sampling": _decisive(spec.sampling) if common else None}
+
+
+def drawer_facts(drawer: Drawer) -> dict[str, Any]:
+    """What decides one model's pictures, but for a sampling that is not its own."""
+    return {"weights": model_identity(drawer.model), "encoders": encoder_facts(drawer.model).identity,
+            "lora": None if drawer.lora is None else content(_lora(drawer)), "lora_scale": drawer.lora_scale,
+            "sampling": None if drawer.sampling is None else _decisive(drawer.sampling)}
 
 
 def _decisive(sampling: Sampling) -> dict[str, Any]:
@@ -127,7 +134,7 @@ def draw(spec: BuildSpec, plan: Plan, folder: Path, journal: Journal, *, rank: i
                 for start in range(rank * sampling.batch_size, len(wanted), world * sampling.batch_size)]
         batches = [batch for batch in todo if batch]
         if batches:
-            with _named(name, spec.models[name]):
+            with named(f"models.{name}", spec.models[name]):
                 pipe = pipeline(spec.models[name], sampling, device)
                 _draw(pipe, name, batches, sampling, folder, journal, progress)
                 del pipe
@@ -177,11 +184,13 @@ def _lora(drawer: Drawer) -> Path:
 
 
 @contextmanager
-def _named(name: str, drawer: Drawer):
-    """Errors of the rooms below name the options of a training recipe; here they get those of this one."""
-    section = "sampling" if drawer.sampling is None else f"models.{name}.sampling"
+def named(where: str, drawer: Drawer):
+    """Errors of the rooms below name the options of a training recipe; here they get those of this one. where: the model's
+    option, such as "models.base".
+    """
+    section = "sampling" if drawer.sampling is None else f"{where}.sampling"
     try:
         yield
     except UserError as error:
-        text = OPTION.sub(lambda found: f"models.{name}.{found[1]}", str(error).replace("evaluate.", f"{section}."))
-        raise type(error)(text if text.startswith(("models.", "sampling.")) else f"models.{name}: {text}") from error
+        text = OPTION.sub(lambda found: f"{where}.{found[1]}", str(error).replace("evaluate.", f"{section}."))
+        raise type(error)(text if text.startswith((where, "sampling.")) else f"{where}: {text}") from error

@@ -57,8 +57,12 @@ class InstructPix2Pix:
                              f"{self.guidance_scale} and {self.image_guidance_scale}")
 
     def check(self) -> None:
-        """Raises ModelError for a folder that is no such pipeline in whole safetensors files; loads no weights."""
+        """Raises ModelError for a folder that is no such pipeline in whole safetensors files, ConfigError for a device that is
+        not here; loads no weights."""
+        from ..rewards.weights import on_device
+
         self._inspected()
+        on_device(self.device)
 
     def identity(self) -> dict[str, Any]:
         from ..models.folder import WEIGHTED, digest
@@ -121,12 +125,13 @@ class InstructPix2Pix:
         import diffusers
 
         from ..models.folder import IGNORED
+        from ..rewards.weights import on_device
 
         folder = self._inspected()
         absent = {name: None for name in folder.index if name in IGNORED}
         if folder.pipeline == PIPELINES[0]:
             absent["requires_safety_checker"] = False
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = on_device(self.device)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)

@@ -27,9 +27,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import rng
-from ..data.columns import Row, Tally, nothing_left, read_rows
+from ..data.columns import Row, Tally, detect_layout, nothing_left, read_rows
 from ..data.images import decode
-from ..data.spec import LARGEST_SIDE, DataSpec
+from ..data.spec import DataSpec, check_side
 from ..data.store import write_aside
 from ..errors import DataError
 from ..rewards import Reward
@@ -84,8 +84,7 @@ class RichSpec:
                 raise ValueError(f"{name} is empty; give a path")
         if self.max_records is not None and self.max_records < 1:
             raise ValueError(f"max_records must be at least 1, got {self.max_records}")
-        if self.resolution is not None and not 8 <= self.resolution <= LARGEST_SIDE:
-            raise ValueError(f"resolution is in pixels, at least 8 and at most {LARGEST_SIDE}, got {self.resolution}")
+        check_side("resolution", self.resolution)
         if self.tie is not None and not 0 <= self.tie < math.inf:
             raise ValueError(f"tie must be a number from 0, got {self.tie}")
         if not 0 <= self.least_change < self.most_change <= 1:
@@ -151,12 +150,14 @@ def build_rich(spec: RichSpec, printer: Callable[[str], None] = lambda _: None) 
 
 
 def check(spec: RichSpec) -> None:
-    """What can be refused before a picture is read. Raises UserError children.
+    """What can be refused before a picture is read, files before services. Raises UserError children.
 
     A service is looked for only where nothing was asked yet: a finished stage needs it no more.
     """
     folder = Path(spec.output_dir)
-    for part, stage in ((spec.critic, "critiques"), (spec.instructor, "edits"), (spec.editor, "pictures_edited")):
+    if detect_layout(DataSpec(path=spec.data)) == "prompts":
+        raise DataError(f"{spec.data}: has prompts and no pictures to criticise; draw some with `diffalign build` first")
+    for part, stage in ((spec.editor, "pictures_edited"), (spec.critic, "critiques"), (spec.instructor, "edits")):
         if hasattr(part, "check") and not any(_journal(folder, stage, _identity(spec, stage))):
             part.check()
     check_reward(spec.labeller)

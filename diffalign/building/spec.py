@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from ..data.spec import check_side
 from ..models.spec import ModelSpec
 from ..rewards import Reward
 from .select import Groups, Select
@@ -40,6 +41,8 @@ class Sampling:
                 raise ValueError(f"{name} must be at least 1 and at most {LARGEST:,}, got {getattr(self, name)}")
         if self.guidance_scale < 0:
             raise ValueError(f"guidance_scale must not be negative, got {self.guidance_scale}")
+        for name in ("height", "width"):
+            check_side(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from ..errors import DataError
 from .columns import normalised
-from .store import Store, read_table
+from .store import KEY, Store, read_table
 
 VERSION = 1  # of everything that decides a record's numbers: decoding, scaling, cropping, scaling of latents, file format
 UNCONDITIONAL = hashlib.sha256(b"diffalign: the unconditional prompt").digest()
@@ -71,10 +71,11 @@ class Cache:
 
     def _resolve(self, keys: pa.ChunkedArray, manifest: Path) -> None:
         try:
-            self._places = [tuple(self._latents.place(joined[i:i + 32]) for i in range(0, len(joined), 32))
-                            for joined in keys.to_pylist()]
-            self._text_places = [self._texts.place(prompt_key(text)) for text in self._prompts.to_pylist()]
-            self._texts.place(UNCONDITIONAL)
+            joined = np.frombuffer(keys.combine_chunks().buffers()[1], KEY)[:len(keys) * (1 + self.mirrored)]
+            self._places = self._latents.places(joined).reshape(len(keys), -1, 2)
+            texts = np.fromiter((prompt_key(text.as_py()) for text in self._prompts), KEY, len(self._prompts))
+            self._text_places = self._texts.places(texts)
+            self._unconditional = self._texts.places(np.frombuffer(UNCONDITIONAL, KEY))[0]
         except KeyError:
             damaged = self._latents.corrupt + self._texts.corrupt
             what = ", ".join(damaged) or "a file is gone"
@@ -124,7 +125,7 @@ class Cache:
         return record["tokens"], record.get("pooled")
 
     def unconditional(self) -> tuple[np.ndarray, np.ndarray | None]:
-        record = self._texts.read(self._texts.place(UNCONDITIONAL))
+        record = self._texts.read(self._unconditional)
         return record["tokens"], record.get("pooled")
 
     def prompt(self, number: int) -> str:

@@ -13,7 +13,9 @@ import re
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +26,7 @@ from .. import rng
 from ..errors import DataError, ResourceError
 from . import buckets as shapes
 from .cache import UNCONDITIONAL, VERSION, Cache, prompt_key, short
-from .columns import Row, Tally, nothing_left, read_rows, refuse_or_skip, source_path
+from .columns import ImageRef, Row, Tally, nothing_left, read_rows, refuse_or_skip, source_path
 from .images import decode, pixels, probe
 from .spec import DataSpec
 from .store import Store, Writer, publish, sweep, write_aside
@@ -102,7 +104,8 @@ def encode(spec: DataSpec, encoders_factory: Callable[[], object], *, cache_dir:
     else:
         barrier()
     barrier()
-    job.failures(job.rank).unlink(missing_ok=True)  # not earlier: the others read it between the two barriers
+    for kind in ("failures", "looks"):  # not earlier: the others read them between the barriers
+        job.heard(kind, job.rank).unlink(missing_ok=True)
     return CacheReport(**{**report, "manifest": job.manifest, "seconds": time.monotonic() - started,
                           "renewed": job.latents.corrupt + job.texts.corrupt})
 
@@ -126,6 +129,7 @@ class _Job:
             raise ResourceError(f"{self.sets}: cannot make the cache folder ({error.strerror}); set data.cache_dir") from None
         sweep(self.sets)
         sweep(self.sets, "failures-")
+        sweep(self.sets, "looks-")
         self.source, self.sure = _source(spec, part)
         self.id = short([VERSION, part, resolution, facts.family, facts.spatial_factor, sorted(names.values()), self.source,
                           *self._options()])
@@ -153,25 +157,26 @@ class _Job:
         """Records are dealt out to the processes by their key, so the same picture in two rows is encoded once."""
         return int.from_bytes(key[:8], "big") % self.world == self.rank
 
-    def failures(self, rank: int) -> Path:
-        return self.sets / f"failures-{self.id}-{rank}.json"
+    def heard(self, kind: str, rank: int) -> Path:
+        """A file by which one process tells the others: "failures" or "looks"."""
+        return self.sets / f"{kind}-{self.id}-{rank}.json"
 
 
 def _build(job: _Job, encoders: Callable, barrier: Callable[[], None], progress: bool) -> dict:
     """Scan and encode; then all processes look at all results and reach the same end."""
     tally, groups = Tally(), _Groups()
-    work = _Encoding(job, encoders)
+    work, looks = _Encoding(job, encoders), _looks(job, barrier)
     fatal = None
     try:
         work.unconditional()
         for row in _bar(read_rows(job.spec, tally, part=job.part, seed=job.seed), progress and job.rank == 0, job.part):
-            _take(row, job, work, groups, tally)
+            _take(row, job, work, groups, tally, looks)
         work.finish()
     except (DataError, ResourceError) as error:
         fatal = error
         if job.world == 1:
             raise
-    write_aside(job.failures(job.rank), json.dumps(
+    write_aside(job.heard("failures", job.rank), json.dumps(
         {"fatal": fatal and str(fatal), "failed": {key.hex(): why for key, why in work.failed.items()}}).encode())
     barrier()
     failed = _failures(job)
@@ -185,26 +190,87 @@ def _build(job: _Job, encoders: Callable, barrier: Callable[[], None], progress:
     return report
 
 
-def _take(row: Row, job: _Job, work: _Encoding, groups: _Groups, tally: Tally) -> None:
+def _take(row: Row, job: _Job, work: _Encoding, groups: _Groups, tally: Tally, looks: dict[str, _Look]) -> None:
     try:
-        found = [_stat(ref.path) for ref in row.images if ref.path is not None]
-        groups.files.update(zip((str(ref.path) for ref in row.images if ref.path is not None), found, strict=True))
-        contents = [ref.read() for ref in row.images]
-        hashes = [hashlib.sha256(content).digest() for content in contents]
+        found = [looks.get(str(ref.path)) or _Look.at(ref, job.spec.max_pixels) for ref in row.images]
+        groups.files.update((str(ref.path), look.stat) for ref, look in zip(row.images, found, strict=True)
+                            if ref.path is not None)
+        hashes = [look.known(ref, "digest") for ref, look in zip(row.images, found, strict=True)]
         if len(hashes) > 1 and len(set(hashes)) == 1:
             groups.identical += 1
             return
-        places = [ref.where for ref in row.images]
-        sizes = [probe(content, where, job.spec.max_pixels) for content, where in zip(contents, places, strict=True)]
+        sizes = [look.known(ref, "size") for ref, look in zip(row.images, found, strict=True)]
         bucket = shapes.nearest(sizes, job.buckets)
-        pictures = [_Picture.of(job, digest, size, bucket, where)
-                    for digest, size, where in zip(hashes, sizes, places, strict=True)]
-        work.images(pictures, contents)
+        pictures = [_Picture.of(job, digest, size, bucket, ref.where)
+                    for digest, size, ref in zip(hashes, sizes, row.images, strict=True)]
+        work.images(pictures, [partial(look.read, ref) for ref, look in zip(row.images, found, strict=True)])
     except DataError as error:
         refuse_or_skip(job.spec, tally, error)
         return
     work.prompt(row)
     groups.add(row, bucket, pictures)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What is known of a picture without decoding it. stat: of its file. digest: SHA-256 of its bytes, None if they cannot be
+    read. size: (height, width) in pixels, None when the header is bad. problem: what is wrong, without the row's name.
+    content: its bytes, where this process has just read them.
+    """
+
+    stat: tuple[int, int] | None
+    digest: bytes | None
+    size: tuple[int, int] | None
+    problem: str | None
+    content: bytes | None = None
+
+    @classmethod
+    def at(cls, ref: ImageRef, max_pixels: int) -> _Look:
+        stat, digest, content = None if ref.path is None else _stat(ref.path), None, None
+        try:
+            content = ref.read()
+            digest = hashlib.sha256(content).digest()
+            return cls(stat, digest, probe(content, ref.where, max_pixels), None, content)
+        except DataError as error:
+            return cls(stat, digest, None, str(error).removeprefix(ref.where), content)
+
+    def known(self, ref: ImageRef, name: str):
+        """digest or size; raises DataError naming the row where there is none."""
+        value = getattr(self, name)
+        if value is None:
+            raise DataError(f"{ref.where}{self.problem}")
+        return value
+
+    def read(self, ref: ImageRef) -> bytes:
+        """The bytes that were looked at, by whichever process."""
+        if self.content is not None:
+            return self.content
+        content = ref.read()
+        if hashlib.sha256(content).digest() != self.digest:
+            raise DataError(f"{ref.where}: {ref.path} has changed while it was encoded; run the same command again")
+        return content
+
+
+def _looks(job: _Job, barrier: Callable[[], None]) -> dict[str, _Look]:
+    """By path: several processes deal the files out, so that each is read for its hash and size by one of them only (and once
+    more by who encodes it). Pictures inside tables are looked at by all, who have them in memory. One process: nothing."""
+    if job.world == 1:
+        return {}
+    mine: dict[str, list] = {}
+    with suppress(DataError):  # of a table: it is raised when the rows are taken
+        for row in read_rows(job.spec, Tally(), part=job.part, seed=job.seed):
+            for ref in row.images:
+                name = str(ref.path)
+                if ref.path is not None and name not in mine and job.owns(hashlib.sha256(os.fsencode(name)).digest()):
+                    look = _Look.at(ref, job.spec.max_pixels)
+                    mine[name] = [look.stat, look.digest and look.digest.hex(), look.size, look.problem]
+    write_aside(job.heard("looks", job.rank), json.dumps(mine).encode())
+    barrier()
+    looks = {}
+    for rank in range(job.world):
+        for name, (stat, digest, size, problem) in json.loads(job.heard("looks", rank).read_bytes()).items():
+            looks[name] = _Look(tuple(stat), digest and bytes.fromhex(digest), size and tuple(size), problem)
+    return looks
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,14 +306,14 @@ class _Encoding:
         self.encoded_images = self.encoded_prompts = 0
         self._dtype = np.dtype(job.spec.cache_dtype)
 
-    def images(self, pictures: list[_Picture], contents: list[bytes]) -> None:
+    def images(self, pictures: list[_Picture], read: list[Callable[[], bytes]]) -> None:
         """Decodes every missing picture of a row before the first is queued: a row is taken whole or not at all."""
         fresh = []
-        for picture, content in zip(pictures, contents, strict=True):
+        for picture, content in zip(pictures, read, strict=True):
             wanted = [(key, mirrored) for key, mirrored in zip(picture.keys, self.job.mirrors, strict=True)
                       if self._missing(key, self.job.latents)]
             if wanted:
-                image = self._decode(content, picture)
+                image = self._decode(content(), picture)
                 fresh += [(picture.bucket, key, shapes.apply(image, picture.crop, mirrored), picture.where)
                           for key, mirrored in wanted]
         for bucket, key, image, where in fresh:
@@ -398,8 +464,8 @@ def _failures(job: _Job) -> dict[str, str]:
     """key -> why, of all processes. Raises the first fatal one, the same on every rank."""
     failed = {}
     for rank in range(job.world):
-        if job.failures(rank).is_file():
-            found = json.loads(job.failures(rank).read_bytes())
+        if job.heard("failures", rank).is_file():
+            found = json.loads(job.heard("failures", rank).read_bytes())
             if found["fatal"]:
                 raise DataError(found["fatal"])
             failed.update(found["failed"])

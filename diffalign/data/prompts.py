@@ -30,10 +30,13 @@ LONGEST_FIELD = 10_000_000  # bytes of one field of a .csv or .tsv
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """texts: the prompts in file order. categories: one word per prompt, or None."""
+    """texts: the prompts in file order. categories: one word per prompt, or None. meanings: what each asks for, in words
+    that a checker understands, or None: a table's column ``meaning``.
+    """
 
     texts: list[str]
     categories: list[str] | None = None
+    meanings: list[str] | None = None
 
 
 def read_prompts(path: str | Path, option: str = "evaluate.prompts") -> Prompts:
@@ -134,7 +137,10 @@ def _columns(path: Path, rows: list, option: str) -> Prompts:
     if rows and name is None:
         raise DataError(f"{option}: {path} names no column of prompts ({', '.join(TEXT)}); it has {sorted(rows[0])[:10]}")
     kind = next((kind for kind in CATEGORY if rows and all(isinstance(row.get(kind), str) for row in rows)), None)
-    return Prompts(texts=_stripped(path, [row.get(name) for row in rows], option),
+    meanings = None
+    if any("meaning" in row for row in rows):
+        meanings = _stripped(path, [row.get("meaning") for row in rows], option, "meaning")
+    return Prompts(texts=_stripped(path, [row.get(name) for row in rows], option), meanings=meanings,
                    categories=None if kind is None else [row[kind].strip() or "none" for row in rows])
 
 
@@ -155,11 +161,11 @@ def _parquet(path: Path, option: str) -> Prompts:
     return Prompts(texts=list(dict.fromkeys(_stripped(path, column, option))))
 
 
-def _stripped(path: Path, values: Iterable[object], option: str) -> list[str]:
+def _stripped(path: Path, values: Iterable[object], option: str, noun: str = "prompt") -> list[str]:
     values = list(values)
     for n, value in enumerate(values, start=1):
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{option}: {path} entry {n} has no prompt")
+            raise DataError(f"{option}: {path} entry {n} has no {noun}")
     return [value.strip() for value in values]
 
 

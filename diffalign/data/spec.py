@@ -8,6 +8,12 @@ from typing import Literal
 LARGEST_SIDE = 16_384  # pixels; beyond it one picture alone would not fit into any memory
 
 
+def check_side(name: str, pixels: int | None) -> None:
+    """Raises ValueError for a picture's side that no memory would hold, or no model can draw; None is the model's own."""
+    if pixels is not None and not 8 <= pixels <= LARGEST_SIDE:
+        raise ValueError(f"{name} is in pixels, at least 8 and at most {LARGEST_SIDE}, got {pixels}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Preference data and how it becomes latents.
@@ -65,5 +71,4 @@ class DataSpec:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.validation is not None and self.validation_share:
             raise ValueError("give validation (a second data set) or validation_share, not both")
-        if self.resolution is not None and not 8 <= self.resolution <= LARGEST_SIDE:
-            raise ValueError(f"resolution is in pixels, at least 8 and at most {LARGEST_SIDE}, got {self.resolution}")
+        check_side("resolution", self.resolution)

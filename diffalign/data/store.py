@@ -25,6 +25,7 @@ from ..errors import DataError, ResourceError
 
 SHARD_BYTES = 32 << 20
 FULL_CHECK_BYTES = 4 << 30
+KEY = np.dtype("S32")  # of SHA-256's 32 bytes, which compare as such
 OPEN_SHARDS = 256  # each holds a file handle
 _hashed: set[tuple[str, int, int]] = set()  # files this process has hashed, as (path, size, time of change)
 STALE_SECONDS = 3600
@@ -116,7 +117,7 @@ class Store:
         except OSError as error:
             raise ResourceError(f"{folder}: cannot make the cache folder ({error.strerror}); set data.cache_dir") from None
         self._shards: list[Path] = []
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._keys, self._places = np.zeros(0, KEY), np.zeros((0, 2), np.int32)  # sorted; (shard, row) of each
         self._checked: dict[int, np.ndarray] = {}
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open)
         sweep(folder)
@@ -127,25 +128,34 @@ class Store:
         known = set(self._shards)
         fresh = [path for path in sorted(self.folder.glob("*.arrow")) if path not in known]
         full = sum(map(_size, fresh)) <= FULL_CHECK_BYTES
+        keys, places = [self._keys], [self._places]
         for path in fresh:
             if not intact(path, full):
                 self._reject(path)
                 continue
             number = len(self._shards)
             self._shards.append(path)
-            for row, key in enumerate(self._open(number)["key"]):
-                self._places.setdefault(key.tobytes(), (number, row))
+            found = self._open(number)["key"]
+            keys.append(np.ascontiguousarray(found).view(KEY).reshape(-1))
+            places.append(np.stack([np.full(len(found), number), np.arange(len(found))], 1).astype(np.int32))
+        if len(keys) > 1:  # arrays: a dictionary would take some ten times the memory
+            self._keys, first = np.unique(np.concatenate(keys), return_index=True)
+            self._places = np.concatenate(places)[first]  # of a record that lies in two shards, the earlier
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._places
+        at = np.searchsorted(self._keys, np.frombuffer(key, KEY))[0]
+        return at < len(self._keys) and bool(self._keys[at] == np.frombuffer(key, KEY)[0])
 
-    def place(self, key: bytes) -> tuple[int, int]:
-        """(shard, row) of a record, to read it by."""
-        return self._places[key]
+    def places(self, keys: np.ndarray) -> np.ndarray:
+        """[N] of 32 bytes each -> [N, 2] int32 (shard, row), to read records by. Raises KeyError when one is not there."""
+        at = np.searchsorted(self._keys, keys)
+        if not len(self._keys) or not (self._keys[np.minimum(at, len(self._keys) - 1)] == keys).all():
+            raise KeyError("a record is not in the store")
+        return self._places[at]
 
-    def read(self, place: tuple[int, int]) -> dict[str, np.ndarray]:
+    def read(self, place: np.ndarray) -> dict[str, np.ndarray]:
         """The record's tensors as read-only views of the mapped file. Raises DataError naming a damaged shard."""
-        shard, row = place
+        shard, row = place.tolist()
         arrays = self._open(shard)
         checked = self._checked.setdefault(shard, np.zeros(len(arrays["key"]), dtype=bool))
         record = {name: array[row] for name, array in arrays.items() if name not in ("key", "crc")}

@@ -13,22 +13,24 @@ is what training sees and is always closer to one half. Times are stratified: dr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .. import rng
-from ..likelihood import MaskedELBO, Simple, Weighting
+from ..likelihood import CodeLikelihood, MaskedELBO, Simple, Weighting
 from ..methods.base import Context
 from ..objectives import BestWorst
 from ..process import Independent, NoisePlan, Shared, Stratified, draw_keys
 from ..types import Batch, Noised
+from ..world import Single, World
+from .shards import exchange
 from .statistics import wilson
 
 BINS = 5
-SIMPLE, INDEPENDENT = Simple(), Independent()
+SIMPLE, INDEPENDENT, ALONE = Simple(), Independent(), Single()
 
 
 def stratified(seed: int, keys: Tensor, draws: int) -> Tensor:
@@ -103,17 +105,40 @@ class HeldoutPreference:
 
 
 @torch.no_grad()
-def heldout_preference(ctx: Context, batches: Iterable[Batch], *, draws: int = 8, against: str | None = "reference",
-                       weighting: Weighting = SIMPLE, device=None) -> HeldoutPreference | None:
+def heldout_preference(ctx: Context, batches: Sequence[Batch], *, draws: int = 8, against: str | None = "reference",
+                       weighting: Weighting = SIMPLE, device=None, world: World = ALONE) -> HeldoutPreference | None:
     """ctx: predict(name, xt, t, cond), process, param, seed (its step and memory are not read). batches: held-out groups.
 
     against: None for a bank without a reference; ``accuracy`` is then None. weighting: the estimator's own, so that the
-    margin is the one that is trained. None when no batch holds a pair. To share the work between processes call
-    ``measure`` on each and ``summarise`` on the merged margins.
+    margin is the one that is trained. None when no batch holds a pair. world: its processes share the batches, and all have
+    the figures of one process, to the last bit.
     """
-    parts = [measure(ctx, batch if device is None else batch.to(device), draws, against, weighting) for batch in batches]
-    parts = [part for part in parts if len(part.policy)]
-    return summarise(Margins.merge(parts)) if parts else None
+    return _summarised(_dealt(batches, lambda batch: vars(measure(ctx, batch, draws, against, weighting)), device, world))
+
+
+def _summarised(parts: list[dict[str, Tensor]]) -> HeldoutPreference | None:
+    """parts: fields of ``Margins``, one batch each."""
+    margins = [Margins(**{"reference": None, **part}) for part in parts if len(part["policy"])]
+    return summarise(Margins.merge(margins)) if margins else None
+
+
+def _dealt(batches: Sequence[Batch], of: Callable[[Batch], dict[str, Tensor | None]], device, world: World
+           ) -> list[dict[str, Tensor]]:
+    """of(batch) -> tensors by name, None left out: those of every batch, in order, on all processes.
+
+    All make the same number of passes, as weights that are cut demand: who has no batch left takes the last again.
+    """
+    found, count = {}, len(batches)
+    for number in range(world.rank, -(-count // world.size) * world.size, world.size):
+        batch = batches[min(number, count - 1)]
+        values = of(batch if device is None else batch.to(device))
+        if number < count:
+            found |= {f"{number}/{name}": x.numpy() for name, x in values.items() if x is not None}
+    parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for path, array in exchange(world, found).items():
+        number, name = path.split("/")
+        parts[int(number)][name] = torch.from_numpy(array)
+    return parts
 
 
 @torch.no_grad()
@@ -143,8 +168,8 @@ def measure(ctx: Context, batch: Batch, draws: int, against: str | None, weighti
 
 
 @torch.no_grad()
-def heldout_text(ctx: Context, batches: Iterable[Batch], estimator: MaskedELBO, *, draws: int = 8,
-                 against: str | None = "reference", device=None) -> HeldoutPreference | None:
+def heldout_text(ctx: Context, batches: Sequence[Batch], estimator: MaskedELBO, *, draws: int = 8,
+                 against: str | None = "reference", device=None, world: World = ALONE) -> HeldoutPreference | None:
     """``heldout_preference`` of a masked language model: bounds in nats per answer, a mask in each of ``draws`` time strata.
 
     estimator: its form is kept. The change of error is per answer token.
@@ -152,9 +177,27 @@ def heldout_text(ctx: Context, batches: Iterable[Batch], estimator: MaskedELBO, 
     ctx = replace(ctx, seed=rng.integer(ctx.seed, "heldout"))
     estimator = replace(estimator, draws=draws, masks_per_time=1, share_times=False,
                         sequence=Stratified(strata=draws) if draws > 1 else estimator.sequence)
-    parts = [_text_margins(ctx, batch if device is None else batch.to(device), estimator, against) for batch in batches]
-    parts = [part for part in parts if len(part.policy)]
-    return summarise(Margins.merge(parts)) if parts else None
+    return _summarised(_dealt(batches, lambda batch: vars(_text_margins(ctx, batch, estimator, against)), device, world))
+
+
+@torch.no_grad()
+def heldout_codes(ctx: Context, batches: Sequence[Batch], estimator: CodeLikelihood, *, against: str | None = "reference",
+                  device=None, world: World = ALONE) -> HeldoutPreference | None:
+    """``heldout_preference`` of token music: exact log-likelihoods in nats per clip, so one draw. The change of error is per
+    code."""
+    return _summarised(_dealt(batches, lambda batch: vars(_code_margins(ctx, batch, estimator, against)), device, world))
+
+
+def _code_margins(ctx: Context, batch: Batch, estimator: CodeLikelihood, against: str | None) -> Margins:
+    est = estimator(batch, ctx, against)
+    b, w, l = _decided(batch)
+    change = est.error if against is None else est.error - est.reference_error
+
+    def margin(likelihood: Tensor) -> Tensor:
+        return (likelihood[b, w] - likelihood[b, l])[:, None].cpu()
+
+    return Margins(policy=margin(est.policy), reference=None if against is None else margin(est.reference),
+                   win_error=change[b, w][:, None].cpu(), lose_error=change[b, l][:, None].cpu(), t=est.t[b, w][:, None].cpu())
 
 
 def _text_margins(ctx: Context, batch: Batch, estimator: MaskedELBO, against: str | None) -> Margins:
@@ -235,21 +278,21 @@ class HeldoutScores:
 
 
 @torch.no_grad()
-def heldout_scores(ctx: Context, batches: Iterable[Batch], *, draws: int = 10, noise: NoisePlan = INDEPENDENT, device=None
-                   ) -> HeldoutScores | None:
-    """ctx: predict("policy", ...) gives scores [N]. The same (pair, time, noise) draws at every call. None without a pair."""
-    ctx, parts = replace(ctx, seed=rng.integer(ctx.seed, "heldout")), []
-    for batch in batches:
-        batch = batch if device is None else batch.to(device)
-        parts += [part for part in (_score_margins(ctx, batch, draws, noise),) if len(part[0])]
+def heldout_scores(ctx: Context, batches: Sequence[Batch], *, draws: int = 10, noise: NoisePlan = INDEPENDENT, device=None,
+                   world: World = ALONE) -> HeldoutScores | None:
+    """ctx: predict("policy", ...) gives scores [N]. The same (pair, time, noise) draws at every call. None without a pair.
+    world: its processes share the batches."""
+    ctx = replace(ctx, seed=rng.integer(ctx.seed, "heldout"))
+    parts = _dealt(batches, lambda batch: _score_margins(ctx, batch, draws, noise), device, world)
+    parts = [part for part in parts if len(part["margin"])]
     if not parts:
         return None
-    margin, t = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    margin, t = (torch.cat([part[name] for part in parts]) for name in ("margin", "t"))
     return HeldoutScores(pairs=len(margin), draws=draws, accuracy=_accuracy(margin, t), margin=float(margin.mean()))
 
 
-def _score_margins(ctx: Context, batch: Batch, draws: int, noise: NoisePlan) -> tuple[Tensor, Tensor]:
-    """Winner's score minus the loser's, and the times: [P, D] each, on the CPU."""
+def _score_margins(ctx: Context, batch: Batch, draws: int, noise: NoisePlan) -> dict[str, Tensor]:
+    """margin: winner's score minus the loser's; t: times. [P, D] each, on the CPU."""
     b, w, l = _decided(batch)
     cond, margins, times = batch.cond.rows(batch.k), [], []
     for keys in draw_keys(batch.key, draws).split(batch.groups):
@@ -257,7 +300,7 @@ def _score_margins(ctx: Context, batch: Batch, draws: int, noise: NoisePlan) -> 
         scores = ctx.predict("policy", noised.xt, noised.t, cond).float().view(batch.groups, batch.k)
         margins.append((scores[b, w] - scores[b, l]).cpu())
         times.append(noised.t.view_as(scores)[b, w].cpu())
-    return torch.stack(margins, 1), torch.stack(times, 1)
+    return {"margin": torch.stack(margins, 1), "t": torch.stack(times, 1)}
 
 
 def _decided(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

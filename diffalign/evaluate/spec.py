@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..data.spec import check_side
 from ..rewards import Reward
 
 LARGEST = 1_000_000  # of any count: far beyond any use, far below what overflows an index
@@ -91,6 +92,8 @@ class EvaluateSpec:
                              f"{self.bootstrap_resamples}")
         if self.guidance_scale < 0:
             raise ValueError(f"guidance_scale must not be negative, got {self.guidance_scale}")
+        for name in ("height", "width"):
+            check_side(name, getattr(self, name))
         taken = next((name for name in self.models if name in (BASE, ALIGNED) or not name.strip()), None)
         if taken is not None:
             raise ValueError(f"models has one called {taken!r}: choose another name")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,10 +15,12 @@ from .. import rng
 from ..errors import CheckpointError, ConfigError
 from ..process import CURRENT
 from ..types import Cond
+from ..world import cut_like, local, whole
 from . import lora as lora_files
 from .base import Denoiser, unwrap
 from .references import Frozen, Moving, Past, Reference
 from .spec import LoRA
+from .twins import fill, gathered, hollow
 
 POLICY, REFERENCE, ORIGIN = "policy", "reference", "origin"
 FROZEN = Frozen()
@@ -50,6 +52,8 @@ class WeightBank:
     _adapters: list                     # LoRA
     _trainable: dict[str, nn.Parameter]
     _moved: list[Tensors] = field(default_factory=list)  # Moving: the reference; Past: the kept checkpoints, base first
+    _twins: tuple = ()                  # cut weights: hollow twins of the model and of the frozen copy
+    _forget: Callable[[nn.Module], None] | None = None
     _mark: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))  # Moving: closed; Past: kept, picked
 
     @classmethod
@@ -108,7 +112,7 @@ class WeightBank:
             if name == CURRENT:
                 return self.denoiser.run(self._bare, xt, t, cond)
             if name == REFERENCE and self._moved:
-                return self.denoiser.run(_Swapped(self._bare, self._on(xt.device)), xt, t, cond)
+                return self._run_moved(self._on(xt.device), xt, t, cond)
             if self._frozen is not None:
                 return self.denoiser.run(self._frozen_on(xt.device), xt, t, cond)
             with lora_files.adapters_off(self._adapters):
@@ -146,18 +150,75 @@ class WeightBank:
                                       f"{list(own[name].shape)} in this model (another LoRA rank?)")
         with torch.no_grad():
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+                own[name].copy_(cut_like(tensor, own[name]))
+
+    def shard(self, cut: Callable[[nn.Module], None], forget: Callable[[nn.Module], None]) -> None:
+        """Keep a part of every weight only. cut(module): shards it in place (``train.sharding``). forget(module): drops
+        gathered weights that are outdated. The bank's tensors are cut from here on; ``predict`` is collective then, and so
+        all processes must ask for the same passes.
+        """
+        modules = [module for module in (self._bare, self._frozen) if module is not None]
+        self._twins, self._forget = tuple(hollow(module) for module in modules), forget
+        for module in modules:
+            cut(module)
+        self._renew_trainable()
+        self._moved = [self._copy() for _ in self._moved]
+
+    def gather(self, keep: bool) -> None:
+        """Collective, before ``save`` on the process that has ``keep``: what goes into the files, whole, in its memory."""
+        if self._twins:
+            names = set(self._trainable) if self._adapters else None
+            fill(self._twins[0], gathered(self._bare, keep, names))
+
+    def unshard(self) -> None:
+        """Collective: every process holds everything, in plain modules, as before ``shard``."""
+        if not self._twins:
+            return
+        device, (twin, *frozen) = next(self._bare.parameters()).device, self._twins
+        self._moved = [{name: whole(tensor) for name, tensor in tensors.items()} for tensors in self._moved]
+        for of, plain in zip((self._bare, self._frozen), self._twins):
+            fill(plain, gathered(of, True, device=device)).to(device).train(of.training)
+        self._bare = self.denoiser.module = twin
+        self._frozen, self._twins = frozen[0] if frozen else None, ()
+        self._renew_trainable()
+        self._adapters = lora_files.adapter_layers(twin)
 
     def save(self, folder: Path | str, metadata: dict[str, str], *, stem: str = lora_files.STEM) -> None:
         """Files people can use: the LoRA's, or ``unet/`` (``transformer/``, ``model/``) for a full fine-tune."""
-        if self._adapters and hasattr(self.denoiser, "save_lora"):  # of a language model, which diffusers does not load
-            self.denoiser.save_lora(folder, metadata)
+        denoiser, module = self.denoiser, self._bare
+        if self._twins:  # what ``gather`` has put together
+            module = self._twins[0]
+            denoiser = replace(denoiser, module=module)
+        if self._adapters and hasattr(denoiser, "save_lora"):  # of a language model, which diffusers does not load
+            denoiser.save_lora(folder, metadata)
         elif self._adapters:
-            lora_files.save_lora(self.denoiser, folder, metadata, stem=stem)
+            lora_files.save_lora(denoiser, folder, metadata, stem=stem)
         else:
-            self._bare.save_pretrained(Path(folder) / self.denoiser.component, safe_serialization=True)
+            module.save_pretrained(Path(folder) / denoiser.component, safe_serialization=True)
+
+    def _renew_trainable(self) -> None:
+        """The same names, in the module that is there now."""
+        parameters = dict(self._bare.named_parameters())
+        self._trainable = {name: parameters[name] for name in self._trainable}
 
     # moving sets
+
+    def _run_moved(self, tensors: Tensors, *args) -> Tensor:
+        """The forward with these tensors in the place of the trained ones."""
+        if not self._twins:
+            return self.denoiser.run(_Swapped(self._bare, tensors), *args)
+        trained = [local(parameter) for parameter in self._trainable.values()]  # cut: gathering reads these very rows
+        kept = [rows.clone() for rows in trained]
+        try:
+            self._put(trained, [local(tensors[name]) for name in self._trainable])
+            return self.denoiser.run(self._bare, *args)
+        finally:
+            self._put(trained, kept)
+
+    def _put(self, rows: list[Tensor], values: list[Tensor]) -> None:
+        for row, value in zip(rows, values):
+            row.copy_(value)
+        self._forget(self._bare)
 
     def _copy(self) -> Tensors:
         return {name: parameter.detach().clone() for name, parameter in self._trainable.items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..data.spec import DataSpec
-from ..models.spec import ModelSpec
+from ..models.spec import LARGEST_RANK, ModelSpec
 from ..rewards.base import Reward
 from ..rewards.heads import BradleyTerry, Head
 
@@ -25,8 +25,8 @@ class RewardLora:
                                        "text_projection")
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if not 1 <= self.rank <= LARGEST_RANK:
+            raise ValueError(f"rank must be at least 1 and at most {LARGEST_RANK}, got {self.rank}")
         for name in ("alpha", "learning_rate"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

@@ -21,6 +21,7 @@ from .. import rng
 from ..data.columns import Tally, has_validation, nothing_left
 from ..errors import ConfigError, DataError, ModelError, ResourceError
 from ..evaluate.files import clean, write_json
+from ..models.load import encoder_facts
 from ..rewards.backbone import Backbone, check_backbone, load_backbone
 from ..rewards.base import Reward, check, judged
 from ..rewards.heads import LOSSES
@@ -38,7 +39,10 @@ FOLDER, REPORT = "reward", "reward.json"
 
 def check_recipe(recipe: RewardRecipe) -> None:
     """Raises a UserError for what is wrong before anything is loaded or read."""
+    on_device(recipe.device)
     check_backbone(_source(recipe))
+    if recipe.steps is not None:
+        encoder_facts(recipe.steps.model)
     for reward in recipe.compare:
         check(reward)
     if recipe.data.layout in ("prompts", "unpaired"):
@@ -102,6 +106,8 @@ class Trainer:
         self.train, self.stop = set_apart(pairs, recipe.stop_share if recipe.patience else 0.0, recipe.seed)
         if not len(self.train):
             raise DataError(f"stop_share: {recipe.stop_share} leaves no pair to train on; lower it")
+        if not (self.train.target != 0.5).any():
+            raise DataError(f"{recipe.data.path}: every training pair is a tie, so there is nothing to learn")
         self.head = self._start()
         self.init = self._hash()
         self.lora = attach_lora(backbone, recipe) if recipe.features == "lora" else []

@@ -21,8 +21,14 @@ TEXT_PARTS = ("text_", "token_embedding", "positional_embedding", "transformer."
 
 
 def on_device(device: str | None) -> torch.device:
-    """What a reward's option ``device`` means: None is CUDA where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """What an option ``device`` means: None is CUDA where there is one. Raises ConfigError for one that is not here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).item()  # whatever torch knows, a number can be made there and read
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: {device!r} cannot be used here ({first_line(error)})") from None
+    return torch.device(device)
 
 
 def local_file(path: str | None, option: str) -> Path:

@@ -4,10 +4,12 @@ from .arena import arena
 from .build import build
 from .evaluate import evaluate, grid
 from .prepare import check, encode
+from .prompts import prompts
 from .rich import rich
 from .score import score
 from .train import train
 from .train_reward import train_reward
 from .words import LORA_FILE
 
-__all__ = ["LORA_FILE", "arena", "build", "check", "encode", "evaluate", "grid", "rich", "score", "train", "train_reward"]
+__all__ = ["LORA_FILE", "arena", "build", "check", "encode", "evaluate", "grid", "prompts", "rich", "score", "train",
+           "train_reward"]

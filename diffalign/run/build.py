@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from ..errors import DataError
 from ..evaluate.files import clean, write_json
 from ..rewards import Reward, identity
 from ..train import make_accelerator
-from ..train.checkpoint import check_writable, claim
+from ..train.checkpoint import check_writable, claimed
 from ..train.spec import TrainSpec
 from ..world import on_first, world_of
 from .words import Printer, silent
@@ -92,16 +91,6 @@ def _candidates(spec: BuildSpec, plan: Plan, folder: Path, world, device, say: P
 
 def versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
-
-
-@contextmanager
-def claimed(folder: Path):
-    """The folder is this run's until it ends, however it ends."""
-    descriptor = claim(folder)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _checked(spec: BuildSpec) -> Prompts:

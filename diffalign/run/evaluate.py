@@ -7,10 +7,12 @@ import hashlib
 import json
 import shlex
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .. import rng
-from ..config import Evaluation, Recipe, as_tree, dump, load_reward, load_utility
+from ..config import Evaluation, Recipe, as_tree, dump, load_recipe, load_reward, load_utility
 from ..data.prompts import read_prompts
 from ..data.sources import Online
 from ..errors import ConfigError, UserError
@@ -21,12 +23,12 @@ from ..evaluate.report import Run, write_gallery, write_grids, write_report
 from ..models.load import model_identity
 from ..rewards import Reward
 from ..train import make_accelerator
-from ..train.checkpoint import check_writable
+from ..train.checkpoint import check_writable, claimed
 from ..train.spec import TrainSpec
-from ..world import world_of
+from ..world import on_first, world_of
 from . import parts
 from .entrants import Entrants
-from .words import SUMMARY, Printer, run_of, silent
+from .words import SUMMARY, TRAINED, Printer, run_of, silent
 
 FACTS = ("base", "pairs", "step", "seconds", "wall_seconds", "heldout")  # of train.json, needed by a report
 RESOLVED = "evaluation.resolved.yaml"  # the recipe with its overrides: what repeats the evaluation
@@ -41,17 +43,16 @@ def evaluate(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
     started = time.monotonic()
     facts = _facts(recipe)
     entrants = Entrants.of(recipe)
-    check_writable(Path(recipe.output_dir))
-    accelerator = _accelerator(recipe)
-    comparison = _compare(recipe, entrants, accelerator)
-    run = _run(recipe, entrants, facts, time.monotonic() - started)
-    if not accelerator.is_main_process:
-        return {}
-    output_dir = Path(recipe.output_dir)
-    write(output_dir / RESOLVED, dump(recipe).encode())
-    report = write_report(output_dir, run, comparison)
-    if facts is not None:
-        write_card(output_dir, run, report)
+    output_dir, accelerator = Path(recipe.output_dir), _accelerator(recipe)
+    with _claimed(output_dir, accelerator):
+        comparison = _compare(recipe, entrants, accelerator)
+        run = _run(recipe, entrants, facts, time.monotonic() - started)
+        if not accelerator.is_main_process:
+            return {}
+        write(output_dir / RESOLVED, dump(recipe).encode())
+        report = write_report(output_dir, run, comparison)
+        if facts is not None:
+            write_card(output_dir, run, report)
     printer(report["sentence"])
     if report["strengths"]:
         printer(report["strengths"]["sentence"])
@@ -65,15 +66,25 @@ def grid(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
     """The comparison grid alone, with all its seeds: only its own rows are drawn, no figure is made."""
     facts = _facts(recipe)
     entrants = Entrants.of(recipe)
-    accelerator = _accelerator(recipe)
-    comparison = _compare(recipe, entrants, accelerator, rows_only=True)
-    if not accelerator.is_main_process:
-        return {}
-    written = write_grids(Path(recipe.output_dir), _run(recipe, entrants, facts, 0.0).title, comparison, page=True)
-    written["gallery.jsonl"] = write_gallery(Path(recipe.output_dir) / "gallery", comparison)
+    output_dir, accelerator = Path(recipe.output_dir), _accelerator(recipe)
+    with _claimed(output_dir, accelerator):
+        comparison = _compare(recipe, entrants, accelerator, rows_only=True)
+        if not accelerator.is_main_process:
+            return {}
+        written = write_grids(output_dir, _run(recipe, entrants, facts, 0.0).title, comparison, page=True)
+        written["gallery.jsonl"] = write_gallery(output_dir / "gallery", comparison)
     for path in written.values():
         printer(f"grid: {path}")
     return {name: str(path) for name, path in written.items()}
+
+
+@contextmanager
+def _claimed(output_dir: Path, accelerator) -> Iterator[None]:
+    """Nobody else writes there: two evaluations in one folder would mix their reports and pictures."""
+    check_writable(output_dir)
+    with ExitStack() as held:
+        on_first(world_of(accelerator), lambda: held.enter_context(claimed(output_dir)))
+        yield
 
 
 def _facts(recipe: Recipe | Evaluation) -> dict | None:
@@ -149,10 +160,18 @@ def _decisive(made: dict) -> list[str]:
     return [name for name in names if name in read or name in asked]
 
 
+def _as_trained(recipe: Recipe) -> Recipe:
+    """The recipe that made the weights, which may be another than the one given, with what that says of the evaluation."""
+    path = Path(recipe.output_dir) / TRAINED
+    if not path.is_file():
+        return recipe
+    return dataclasses.replace(load_recipe(path), output_dir=recipe.output_dir, evaluate=recipe.evaluate)
+
+
 def _run(recipe: Recipe | Evaluation, entrants: Entrants, facts: dict | None, seconds: float) -> Run:
     command = f"diffalign evaluate {shlex.quote(str(Path(recipe.output_dir) / RESOLVED))}"
     if facts is not None:
-        run = run_of(recipe, {**facts, "total_seconds": facts["wall_seconds"] + seconds})
+        run = run_of(_as_trained(recipe), {**facts, "total_seconds": facts["wall_seconds"] + seconds})
         return dataclasses.replace(run, evaluate_command=command)
     base = recipe.model.pretrained_model_name_or_path
     return Run(title=f"{', '.join(entrants.compared)} beside {Path(base).name}", base_model=base, seed=recipe.seed,

@@ -96,7 +96,7 @@ def check(found: ReferenceErrors, recipe: Recipe, stored: data.Offline, context:
     """
     batch = stored.take(0)[0]
     there = batch.reference_error
-    here = _errors(recipe.likelihood, batch, context, device, CURRENT)
+    here = errors_of(recipe.likelihood, batch, context, device, CURRENT)
     apart = ((here - there).abs() / here.clamp(min=1e-12)).max().item()
     if not apart <= ROUNDING[recipe.train.mixed_precision]:
         raise DataError(f"{found.folder}: the reference's errors on disk differ from this model's by {apart:.1%}: they were "
@@ -136,17 +136,22 @@ def _block(step: int, groups: int) -> int:
 
 def _measure(steps: list[int], recipe: Recipe, stored: data.Offline, folder: Path, accelerator) -> None:
     """steps: rising. A file is a run of consecutive steps of one block."""
-    context = parts.context(recipe, _Base(parts.base_of(recipe, accelerator)), accelerator)
+    context = base_passes(recipe, accelerator)
     groups, keys, errors = stored.order.groups_per_step, [], []
     visible = tqdm(steps, desc="reference", unit=" steps", disable=not accelerator.is_main_process)
     for step, following in zip(visible, [*steps[1:], None]):
         for batch in stored.take(step):
             keys.append(batch.key)
-            errors.append(_errors(recipe.likelihood, batch, context, accelerator.device))
+            errors.append(errors_of(recipe.likelihood, batch, context, accelerator.device))
         if following != step + 1 or _block(following, groups) != _block(step, groups):
             count = sum(map(len, keys))
             write(folder, (step + 1) * groups - count, torch.cat(keys), torch.cat(errors))
             keys, errors = [], []
+
+
+def base_passes(recipe: Recipe, accelerator) -> Context:
+    """Passes of the model that training starts from, in the recipe's precision."""
+    return parts.context(recipe, _Base(parts.base_of(recipe, accelerator)), accelerator)
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ class _Base:
 
 
 @torch.inference_mode()
-def _errors(estimator: DenoisingELBO, batch: Batch, context: Context, device: torch.device, name: str = "reference") -> Tensor:
-    """[B, K, draws] on the CPU."""
+def errors_of(estimator: DenoisingELBO, batch: Batch, context: Context, device: torch.device,
+              name: str = "reference") -> Tensor:
+    """What the named set makes of a batch, [B, K, draws] on the CPU."""
     return estimator.error(name, to_device(batch, device), context).cpu()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..building.rich import RichSpec, build_rich
-from ..train.checkpoint import check_writable
-from .build import claimed
+from ..train.checkpoint import check_writable, claimed
 from .words import Printer, silent
 
 

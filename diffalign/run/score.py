@@ -15,10 +15,10 @@ from ..building.spec import ScoreSpec
 from ..evaluate.files import clean, write_json
 from ..rewards import check as check_reward
 from ..train import make_accelerator
-from ..train.checkpoint import check_writable
+from ..train.checkpoint import check_writable, claimed
 from ..train.spec import TrainSpec
 from ..world import on_first, world_of
-from .build import claimed, identities, versions
+from .build import identities, versions
 from .words import Printer, silent
 
 

@@ -76,6 +76,16 @@ def claim(output_dir: Path) -> int:
     return descriptor
 
 
+@contextmanager
+def claimed(folder: Path):
+    """The folder is this run's until it ends, however it ends."""
+    descriptor = claim(folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def clean(output_dir: Path) -> None:
     """Remove what a killed process left half-written or half-removed."""
     for leftover in [*output_dir.glob(".checkpoint-*"), *output_dir.glob(".writable-*"), *output_dir.glob(".*.tmp")]:

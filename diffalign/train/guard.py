@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import ResourceError, UserError
 from ..process import CURRENT
 from ..types import Batch, Loss
-from ..world import World
+from ..world import Single, World, is_cut, local
 
 SAMPLE = 65_536  # elements of a tensor that movement is measured on; every LoRA tensor is smaller
 AGREEMENT = 1e-3  # largest difference of two weight sets at the start, relative to the prediction's root mean square
@@ -96,35 +96,44 @@ def nonfinite_error(step: int, loss: float, grad_norm: float, texts: list[str]) 
 
 
 class Start:
-    """Where the trainable tensors began, on at most SAMPLE evenly spaced elements each: to see what moved, and how far."""
+    """Where the trainable tensors began, on at most SAMPLE evenly spaced elements each: to see what moved, and how far.
 
-    def __init__(self, params: dict[str, Tensor]):
+    Of tensors that are cut every process looks at its own rows, and ``world`` adds the findings up.
+    """
+
+    def __init__(self, params: dict[str, Tensor], world: World | None = None):
         self.values = {name: _sample(p).clone() for name, p in params.items()}
         self.alive: Tensor | None = None
+        self.world = world if world is not None and any(map(is_cut, params.values())) else Single()
 
     def note_gradients(self, params: dict[str, torch.nn.Parameter]) -> None:
         """Remember which tensors get a gradient: weight decay moves the others too. No wait for the device."""
-        some = torch.stack([p.new_zeros((), dtype=torch.bool) if p.grad is None else p.grad.any() for p in params.values()])
+        some = torch.stack([local(p).new_zeros((), dtype=torch.bool) if p.grad is None else local(p.grad).any()
+                            for p in params.values()])
         self.alive = some if self.alive is None else self.alive | some
 
     def stuck(self, params: dict[str, Tensor]) -> list[str]:
         """Names of the tensors that never had a gradient."""
-        return [] if self.alive is None else [name for name, some in zip(params, self.alive.tolist()) if not some]
+        if self.alive is None:
+            return []
+        return [name for name, count in zip(params, self.world.sum(self.alive.float()).tolist()) if not count]
 
     def distance(self, params: dict[str, Tensor]) -> float:
         """Norm of the change of all trainable weights; exact for LoRA, estimated for tensors above SAMPLE elements."""
-        squares = [(_sample(p) - self.values[name].to(p.device)).double().square().mean() * p.numel()
-                   for name, p in params.items()]
-        return torch.stack(squares).sum().sqrt().item()
+        squares = [(_sample(p) - self.values[name].to(p.device)).double().square().mean() * local(p).numel()
+                   for name, p in params.items() if local(p).numel()]
+        total = torch.stack(squares).sum() if squares else self.values[next(iter(params))].new_zeros((), dtype=torch.double)
+        return self.world.sum(total).sqrt().item()
 
     def still(self, params: dict[str, Tensor]) -> list[str]:
         """Names of the tensors that have not moved at all."""
         moved = torch.stack([(_sample(p) != self.values[name].to(p.device)).any() for name, p in params.items()])
-        return [name for name, has_moved in zip(params, moved.tolist()) if not has_moved]
+        return [name for name, count in zip(params, self.world.sum(moved.float()).tolist()) if not count]
 
 
 def _sample(p: Tensor) -> Tensor:
-    return p.detach().flatten()[::max(1, -(-p.numel() // SAMPLE))]
+    rows = local(p)
+    return rows.flatten()[::max(1, -(-rows.numel() // SAMPLE))]
 
 
 def check_moved(step: int, start: Start, params: dict[str, Tensor], warming_up: bool) -> None:
@@ -181,8 +190,11 @@ def disagreement_error(apart: dict[str, float]) -> TrainingError | None:
 def check_same_weights(world: World, params: dict[str, Tensor]) -> None:
     """Raise TrainingError on all ranks unless every rank holds the same bits. params: float32 tensors by name.
 
-    A sum of the bit patterns as integers: any single flipped bit changes it.
+    A sum of the bit patterns as integers: any single flipped bit changes it. Cut tensors have no twin to compare with.
     """
+    params = {name: p for name, p in params.items() if not is_cut(p)}
+    if not params:
+        return
     sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params.values()]).tolist()
     ranks = [json.loads(text) for text in world.gather(json.dumps(sums))]
     for name, *values in zip(params, *ranks):

@@ -10,6 +10,7 @@ import torch
 from .. import _compat  # noqa: F401  (accelerate imports transformers)
 from ..errors import ConfigError
 from .identity import flatten
+from .sharding import check_launch
 from .spec import TrainSpec
 
 PATIENCE = timedelta(hours=2)  # one rank may encode, validate or save while the others wait
@@ -19,8 +20,9 @@ EXTRAS = ("tensorboard",)
 def make_accelerator(spec: TrainSpec, output_dir: Path):
     """The Accelerator that a run uses. Make it first when models and data need its device, rank or world size.
 
-    The CPU is taken when the recipe says so or no CUDA device is there. ConfigError for float16 without CUDA, and for a
-    tracker that isn't installed. Calling it again in one process is allowed.
+    The CPU is taken when the recipe says so or no CUDA device is there. ConfigError for float16 without CUDA, for a tracker
+    that isn't installed, and for what accelerate was told that this loop does not do. Calling it again in one process is
+    allowed.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -29,6 +31,7 @@ def make_accelerator(spec: TrainSpec, output_dir: Path):
     if spec.mixed_precision == "fp16" and cpu:
         raise ConfigError("train.mixed_precision: fp16 needs a CUDA device, whose gradients can be scaled; use bf16 or no")
     _check_trackers(spec)
+    check_launch(spec)
     if not cpu:
         torch.set_float32_matmul_precision("high" if spec.allow_tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = spec.allow_tf32

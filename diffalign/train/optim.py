@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _compat  # noqa: F401  (before diffusers)
 from ..errors import ConfigError
+from ..world import cut_like, is_cut, joined_as, local
 from .spec import TrainSpec
 
 Params = dict[str, nn.Parameter]
@@ -85,7 +86,7 @@ def load_optimizer_state(optimizer, params: Params, tensors: dict[str, Tensor], 
     state = {name: dict(entries) for name, entries in scalars.items()}
     for path, tensor in tensors.items():
         name, key = path.rsplit("/", 1)
-        state.setdefault(name, {})[key] = tensor
+        state.setdefault(name, {})[key] = cut_like(tensor, params[name]) if tensor.shape == params[name].shape else tensor
     index = {name: i for i, name in enumerate(params)}
     optimizer.load_state_dict({"state": {index[name]: entries for name, entries in state.items()},
                                "param_groups": optimizer.state_dict()["param_groups"]})
@@ -97,29 +98,36 @@ class Average:
     def __init__(self, params: Params, decay: float):
         from diffusers.training_utils import EMAModel
         self.params = params
-        self.model = EMAModel(list(params.values()), decay=decay, foreach=True)
+        self.model = EMAModel(self._own(), decay=decay, foreach=True)
+
+    def _own(self) -> list[nn.Parameter]:
+        """What this process holds, in the model's own memory."""
+        return [nn.Parameter(local(p)) if is_cut(p) else p for p in self.params.values()]
 
     def update(self) -> None:
-        self.model.step(list(self.params.values()))
+        self.model.step(self._own())
 
     def copy_to_model(self) -> None:
         """Leave the average in the model, for good."""
-        self.model.copy_to(list(self.params.values()))
+        self.model.copy_to(self._own())
 
     @contextmanager
     def swapped_in(self):
         """The average is in the model inside the block; the trained weights return after it, also on an error."""
-        self.model.store(list(self.params.values()))
+        self.model.store(self._own())
         try:
             self.copy_to_model()
             yield
         finally:
-            self.model.restore(list(self.params.values()))
+            self.model.restore(self._own())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        return dict(zip(self.params, self.model.shadow_params)), {"optimization_step": self.model.optimization_step}
+        """Tensors by parameter, cut as it is."""
+        shadows = zip(self.params.items(), self.model.shadow_params)
+        return ({name: joined_as(shadow, p) for (name, p), shadow in shadows},
+                {"optimization_step": self.model.optimization_step})
 
     def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, int]) -> None:
         for name, shadow in zip(self.params, self.model.shadow_params):
-            shadow.copy_(tensors[name])
+            shadow.copy_(local(cut_like(tensors[name], self.params[name])))
         self.model.optimization_step = scalars["optimization_step"]

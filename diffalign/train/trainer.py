@@ -22,8 +22,8 @@ from ..errors import CheckpointError
 from ..methods import Context, Method
 from ..models.base import Denoiser
 from ..types import Memory
-from ..world import on_first, raise_together, world_of
-from . import checkpoint, guard
+from ..world import on_first, raise_together, whole, world_of
+from . import checkpoint, guard, sharding
 from .feed import Feed, Source, to_device
 from .hooks import Hook, Log, Progress, Recent, Saturation, truncate_log
 from .identity import check_same_run, plain
@@ -56,6 +56,14 @@ class Bank(Protocol):
     def load_state(self, tensors: dict[str, Tensor]) -> None: ...
 
     def save(self, folder: Path, metadata: dict[str, str]) -> None: ...
+
+    # only where accelerate shards the weights
+
+    def shard(self, cut: Callable, forget: Callable) -> None: ...
+
+    def gather(self, keep: bool) -> None: ...
+
+    def unshard(self) -> None: ...
 
 
 class Monitor(Protocol):
@@ -106,6 +114,7 @@ class _Trainer:
         self.groups_per_step = spec.train_batch_size * spec.gradient_accumulation_steps * self.world.size
         self.state, self.initial_loss, self.saved_step, self.save_is_due, self.skips = RunState(), None, None, False, 0
         self.signals, self.notes, self.lock = guard.Signals(), [], None
+        self.sharded = sharding.is_asked() and self.world.size > 1
         self._place()
         self.feed = Feed(source, self.device, spec.dataloader_num_workers > 0, spec.max_train_steps)
         self.recent = Recent()
@@ -116,12 +125,15 @@ class _Trainer:
     def _place(self) -> None:
         """Model, optimizer and average on the device, in accelerate's wrapping."""
         self.bank.denoiser.module.train()
-        self.bank.denoiser.module = self.accelerator.prepare_model(self.bank.denoiser.module)
+        if self.sharded:
+            self.bank.shard(sharding.cutter(self.device, self.world.size), sharding.forget_gathered)
+        else:
+            self.bank.denoiser.module = self.accelerator.prepare_model(self.bank.denoiser.module)
         self.params = self.bank.trainable()
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.params, self.spec))
         self.rate = learning_rates(self.spec)
         self.average = Average(self.params, self.spec.ema_decay) if self.spec.ema_decay is not None else None
-        self.start = guard.Start(self.params)
+        self.start = guard.Start(self.params, self.world)
 
     @contextmanager
     def running(self):
@@ -180,14 +192,16 @@ class _Trainer:
         tally, traces = Tally(self.device), []
         for index, (batch, count) in enumerate(zip(micros, counts)):
             is_last = index == len(micros) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.bank.denoiser.module):
+            # cut weights: summed at once, as whole gradients would need the memory that cutting saves
+            together = is_last or self.sharded
+            with nullcontext() if together else self.accelerator.no_sync(self.bank.denoiser.module):
                 loss, trace = self._loss(batch, index)
                 # DDP averages over ranks; times the number of ranks it is a sum
                 self.accelerator.backward(loss.per_group.sum() * (self.world.size / groups))
             tally.add(loss, count)
             traces.append(trace)
         norm = self.accelerator.clip_grad_norm_(list(self.params.values()), self.spec.max_grad_norm)
-        return tally.reduce(self.world, norm, self.signals.asked), traces
+        return tally.reduce(self.world, whole(norm), self.signals.asked), traces
 
     def _loss(self, batch, index: int):
         """The method's loss for one micro-batch. Only dropout reads the global generator, which is keyed too."""
@@ -326,6 +340,9 @@ class _Trainer:
         self._validate(partial=not on_grid)
         if self.average is not None:
             self.average.copy_to_model()
+            self._forget()
+        if self.sharded:  # who comes after training finds plain modules
+            self.bank.unshard()
         on_first(self.world, self._save_for_users, CheckpointError)
         return Summary(step=state.step, samples=state.samples, seconds=state.seconds, groups_per_step=self.groups_per_step,
                        parameters=sum(p.numel() for p in self.params.values()), initial_loss=self.initial_loss,
@@ -348,24 +365,43 @@ class _Trainer:
     def _save(self) -> None:
         """On all ranks: all prove that they hold the same weights, rank 0 writes, all hear of a failure."""
         guard.check_same_weights(self.world, self.params)
-        on_first(self.world, self._write, CheckpointError)
+        parts, numbers = self._parts()
+        exports = self._size() <= EXPORT_LIMIT
+        if self.sharded:
+            parts = {name: self._whole(tensors) for name, tensors in parts.items()}
+            if exports:
+                with self._averaged():
+                    self.bank.gather(self.world.rank == 0)
+        on_first(self.world, lambda: self._write(parts, numbers, self._export_averaged if exports else None), CheckpointError)
         self.saved_step, self.save_is_due = self.state.step, False
 
-    def _write(self) -> None:
+    def _parts(self) -> tuple[checkpoint.Groups, dict]:
+        """Tensors of a checkpoint by file, and the numbers that belong to them."""
         optimizer, optimizer_numbers = optimizer_state(self.optimizer, self.params)
         tensors = {"weights": self.bank.state(), "optimizer": optimizer}
-        average_numbers = None
+        numbers = {"optimizer": optimizer_numbers, "ema": None}
         if self.average is not None:
-            tensors["ema"], average_numbers = self.average.state()
+            tensors["ema"], numbers["ema"] = self.average.state()
+        return tensors, numbers
+
+    def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Collective: cut tensors put together one by one, in rank 0's memory; nothing on the others."""
+        found = {}
+        for name, tensor in tensors.items():
+            value = whole(tensor)
+            if self.world.rank == 0:
+                found[name] = value.cpu()
+        return found
+
+    def _write(self, tensors: checkpoint.Groups, numbers: dict, export: Callable[[Path], None] | None) -> None:
         state, scaler = self.state, self.accelerator.scaler
         numbers = {"samples": state.samples, "updates": state.updates, "seconds": state.seconds,
                    "memory": state.memory.values, "window": state.window.values,
                    "validation_start": state.validation_start, "validation_end": state.validation_end,
-                   "validated": state.validated, "stopped": state.stopped, "optimizer": optimizer_numbers,
-                   "ema": average_numbers, "scaler": None if scaler is None else scaler.state_dict(), "config": self.config,
+                   "validated": state.validated, "stopped": state.stopped, **numbers,
+                   "scaler": None if scaler is None else scaler.state_dict(), "config": self.config,
                    "identity": self.identity, "groups_per_step": self.groups_per_step}
-        checkpoint.save(self.output_dir, state.step, tensors, numbers, keep=self.spec.checkpoints_total_limit,
-                        export=self._export_averaged if self._size() <= EXPORT_LIMIT else None)
+        checkpoint.save(self.output_dir, state.step, tensors, numbers, keep=self.spec.checkpoints_total_limit, export=export)
 
     def _resume(self) -> None:
         """Restore the newest whole checkpoint, or start; drop log lines beyond it."""
@@ -417,7 +453,7 @@ class _Trainer:
     # small helpers
 
     def _export_averaged(self, folder: Path) -> None:
-        with self._averaged():
+        with nullcontext() if self.sharded else self._averaged():  # cut ones were gathered so
             self._export(folder)
 
     def _export(self, folder: Path) -> None:
@@ -430,8 +466,20 @@ class _Trainer:
         finally:
             self.bank.denoiser.module = wrapped
 
+    @contextmanager
     def _averaged(self):
-        return nullcontext() if self.average is None else self.average.swapped_in()
+        """The averaged weights inside, where there is an average."""
+        if self.average is None:
+            yield
+            return
+        with self.average.swapped_in():
+            self._forget()
+            yield
+        self._forget()
+
+    def _forget(self) -> None:
+        if self.sharded:
+            sharding.forget_gathered(self.bank.denoiser.module)
 
     def _size(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.params.values())

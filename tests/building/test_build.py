@@ -460,6 +460,11 @@ def test_a_size_that_the_model_cannot_draw_names_this_recipes_option(tmp_path):
     assert not (tmp_path / "out" / "images").exists()
 
 
+def test_a_size_beyond_any_memory_is_refused_by_the_recipe(tmp_path):
+    with pytest.raises(ConfigError, match="sampling.height: is in pixels, at least 8 and at most 16384, got 1000000"):
+        toy.spec(tmp_path, sampling={"height": 1_000_000})
+
+
 def test_two_builds_at_once_are_refused(stub, tmp_path):
     (tmp_path / "out").mkdir()
     lock = claim(tmp_path / "out")

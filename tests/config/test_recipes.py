@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.config import load_build, load_recipe, load_reward_recipe
+from diffalign.config import load_build, load_prompts, load_recipe, load_reward_recipe
 from diffalign.evaluate.cost import groups_per_step
 
 ROOT = Path(__file__).parents[2]
 BUILDS = sorted((ROOT / "configs" / "build").glob("*.yaml"))
 REWARDS = sorted((ROOT / "configs" / "rewards").glob("*.yaml"))
-RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*BUILDS, *REWARDS})
+REWRITERS = sorted((ROOT / "configs" / "text").glob("rewriter*.yaml"))
+LAUNCHES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))   # accelerate's own
+RECIPES = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*BUILDS, *REWARDS, *REWRITERS, *LAUNCHES})
 
 
 def test_the_promised_recipes_are_there():
@@ -52,6 +54,15 @@ def test_build_recipe(path):
     assert text.startswith(f"# diffalign build {path.relative_to(ROOT)}") and len(text.splitlines()) <= 45
     assert (ROOT / spec.prompts).is_file()
     for model in spec.models.values():
+        name = model.pretrained_model_name_or_path
+        assert (ROOT / name).exists() or re.fullmatch(r"[0-9a-f]{40}", model.revision or ""), "a hub id is pinned to a commit"
+
+
+@pytest.mark.parametrize("path", REWRITERS, ids=lambda p: p.name)
+def test_rewriter_recipe(path):
+    spec, text = load_prompts("train", path).spec, path.read_text()
+    assert text.startswith(f"# diffalign prompts evolve {path.relative_to(ROOT)}") and len(text.splitlines()) <= 60
+    for model in (spec.rewriter, spec.generator):
         name = model.pretrained_model_name_or_path
         assert (ROOT / name).exists() or re.fullmatch(r"[0-9a-f]{40}", model.revision or ""), "a hub id is pinned to a commit"
 

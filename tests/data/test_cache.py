@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from diffalign.data.buckets import apply, plan
 from diffalign.data.cache import Cache
+from diffalign.data.columns import ImageRef
 from diffalign.data.encoding import encode
 from diffalign.data.images import decode, pixels
 from diffalign.data.store import Store, intact
@@ -264,6 +266,43 @@ def test_several_processes_share_the_work(tmp_path, world):
     assert [(end.groups, end.bad_rows) for end in ends] == [(9, 1)] * world
     assert Cache(ends[0].manifest).identity == alone.identity
     assert not list((tmp_path / "shared").rglob(f"failures-{ends[0].manifest.stem}-*"))
+
+
+def test_no_file_is_read_by_every_process(tmp_path, monkeypatch):
+    """Once by the process that hashes it, once by the one that encodes it; one process reads it once."""
+    reads, read = Counter(), ImageRef.read
+    monkeypatch.setattr(ImageRef, "read", lambda ref: (reads.update([ref.path.name]), read(ref))[1])
+    path = pairs(tmp_path, 10)
+    build(path, tmp_path / "alone")
+    assert set(reads.values()) == {1} and len(reads) == 20
+    reads.clear()
+    barrier = threading.Barrier(4, timeout=20)
+    threads = [threading.Thread(target=build, args=(path, tmp_path / "shared"),
+                                kwargs={"rank": r, "world": 4, "barrier": barrier.wait}) for r in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join(30) for thread in threads]
+    assert set(reads.values()) == {2} and len(reads) == 20
+    assert not list((tmp_path / "shared").rglob("looks-*"))
+
+
+def test_a_file_that_changes_between_hashing_and_encoding_is_refused(tmp_path, monkeypatch):
+    path, seen, read = pairs(tmp_path, 2), Counter(), ImageRef.read
+
+    def fickle(ref):
+        seen.update([ref.path.name])
+        return read(ref) + (b"more" if ref.path.name == "chosen1.png" and seen["chosen1.png"] == 2 else b"")
+    monkeypatch.setattr(ImageRef, "read", fickle)
+    barrier, ends = threading.Barrier(2, timeout=20), []
+
+    def rank(r):
+        try:
+            build(path, tmp_path / "shared", rank=r, world=2, barrier=barrier.wait)
+        except DataError as error:
+            ends.append(str(error))
+    threads = [threading.Thread(target=rank, args=(r,)) for r in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join(30) for thread in threads]
+    assert len(ends) == 2 and all("chosen1.png has changed while it was encoded" in end for end in ends)
 
 
 def test_two_builds_at_once(tmp_path):

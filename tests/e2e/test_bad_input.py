@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from diffalign.cli import main
+from diffalign.train.checkpoint import claimed
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "assets" / "tiny-sdxl"
@@ -166,6 +167,21 @@ def test_judge_and_prompts(recipe, capsys, tmp_path):
     refused(capsys, recipe(f"evaluate={{prompts: {tmp_path}/p.txt, judge: scenes}}", command="evaluate"), "train")
 
 
+@pytest.mark.parametrize("command", ["evaluate", "grid"])
+def test_two_evaluations_at_once(tmp_path, capsys, command):
+    """The second would mix its pictures and its report with the first one's."""
+    (tmp_path / "p.txt").write_text("a red ring on a blue background\n")
+    file = tmp_path / "evaluation.yaml"
+    file.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), "cpu": True,
+                                    "model": {"pretrained_model_name_or_path": str(MODEL)},
+                                    "evaluate": {"prompts": str(tmp_path / "p.txt"), "models": {
+                                        "same": {"pretrained_model_name_or_path": str(MODEL)}}}}))
+    (tmp_path / "out").mkdir()
+    with claimed(tmp_path / "out"):
+        refused(capsys, main([command, str(file)]), "another run is at work", "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("override, words", [
     ("model.fuse_lora=/no/such/lora", ["model.fuse_lora", "no such file"]),
     (f"model.fuse_lora={MODEL / 'unet' / 'diffusion_pytorch_model.safetensors'}", ["model.fuse_lora", "holds no LoRA"]),
@@ -174,6 +190,9 @@ def test_judge_and_prompts(recipe, capsys, tmp_path):
     ("evaluate.scheduler=FlowMatchEulerDiscreteScheduler", ["evaluate.scheduler", "is not for this model"]),
     ("evaluate={prompts: PROMPTS, scheduler: LCMScheduler, num_inference_steps: 51}", ["evaluate.scheduler", "50"]),
     ("evaluate={prompts: PROMPTS, scheduler: LCMScheduler, timestep_spacing: leading}", ["evaluate.timestep_spacing"]),
+    ("evaluate.height=1000000", ["evaluate.height", "at most 16384", "1000000"]),
+    ("evaluate.width=0", ["evaluate.width", "at least 8"]),
+    ("data.resolution=1000000", ["data.resolution", "at most 16384"]),
 ])
 @pytest.mark.parametrize("command", ["train", "check", "evaluate"])
 def test_few_step_options(recipe, tmp_path, capsys, monkeypatch, command, override, words):
@@ -250,3 +269,14 @@ def test_rankings_with_ties_train_and_a_wrong_length_is_named(recipe, tmp_path, 
     pq.write_table(pa.table({**ranked, "scores": [[1.0, 0.5]] * len(rows)}), tmp_path / "short.parquet")
     code = recipe(f"data.path={tmp_path}/short.parquet", f"output_dir={tmp_path}/short")
     refused(capsys, code, "short.parquet", "row 0", "scores")
+
+
+def test_what_cut_weights_cannot_do_is_said_before_training(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    (Path(recipe.tree["output_dir"]).parent / "prompts.txt").write_text("a red ring\n")
+    prompts = str(Path(recipe.tree["output_dir"]).parent / "prompts.txt")
+    refused(capsys, recipe(f"monitor.prompts={prompts}", "monitor.judge=scenes"), "monitor: ", "configs/accelerate/ddp.yaml")
+    refused(capsys, recipe("train.optimizer=adafactor"), "train.optimizer: adafactor", "FSDP2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    refused(capsys, recipe(), "DeepSpeed", "configs/accelerate/zero2.yaml")

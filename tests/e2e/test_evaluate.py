@@ -18,7 +18,8 @@ from diffalign.cli import main
 from diffalign.config import Evaluation, load_evaluation, load_recipe
 from diffalign.errors import ConfigError
 from diffalign.run.entrants import Entrants
-from diffalign.run.evaluate import training_rewards
+from diffalign.run.evaluate import _as_trained, training_rewards
+from diffalign.run.words import method_name, title
 
 from .conftest import MODEL, ROOT
 
@@ -70,6 +71,20 @@ def test_the_report_pins_what_was_compared(done):
     assert report["identity"]["prompts"]["count"] == 6 and len(report["identity"]["prompts"]["sha256"]) == 64
     assert report["identity"]["judge"] == {"name": "brightness"}
     assert report["comparison"]["sampling"]["seed"] == 0 and report["evaluate_command"].endswith("evaluation.resolved.yaml")
+
+
+def test_the_method_is_that_of_the_run_and_not_of_the_recipe_given(done):
+    given = load_recipe(done / "recipe.yaml", ["objective={kind: mapo, beta: 0.1}", "evaluate.seeds=3"])
+    trained = _as_trained(given)
+    assert title(given).startswith("MaPO") and title(trained).startswith("Diffusion-DPO, LoRA")
+    assert trained.evaluate == given.evaluate and trained.output_dir == given.output_dir
+
+
+@pytest.mark.parametrize("name, called", [
+    ("lpo", "LPO"), ("spo", "SPO"), ("tailorpo", "TailorPO"), ("online", "Diffusion-DPO on its own samples"),
+    ("lrm", "Latent Reward Model"), ("mapo", "MaPO")])
+def test_what_a_run_is_called(name, called):
+    assert method_name(load_recipe(ROOT / "configs" / "tiny" / f"{name}.yaml")) == called
 
 
 def test_two_processes_and_its_own_command_make_the_same_report(done):

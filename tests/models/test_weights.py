@@ -9,6 +9,7 @@ import torch
 
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.models import LoRA, WeightBank, enable_gradient_checkpointing
+from diffalign.models.lora import adapters_off
 
 from . import tiny
 
@@ -135,6 +136,16 @@ def test_adapters_are_on_again_after_an_exception(folders):
             bank.predict("reference", xt[:, :3], t, cond)   # a channel short
         assert torch.equal(bank.predict("policy", xt, t, cond), policy)
     assert all(p.requires_grad for p in bank.trainable().values())
+
+
+def test_adapters_are_off_by_peft_s_own_word_and_nothing_else_changes(folders):
+    """The flag that ``adapters_off`` sets is private to peft; its public property must say the same."""
+    bank = bank_of(folders("sd"))
+    assert bank._adapters and not any(layer.disable_adapters for layer in bank._adapters)
+    with adapters_off(bank._adapters):
+        assert all(layer.disable_adapters for layer in bank._adapters)
+        assert all(p.requires_grad for p in bank.trainable().values())
+    assert not any(layer.disable_adapters for layer in bank._adapters)
 
 
 def test_dropout_makes_no_difference(folders):

@@ -128,7 +128,7 @@ if __name__ == "__main__":
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT="1", ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", init_method=f"file://{here}/meet", rank=number, world_size=WORLD,
-                            timeout=timedelta(seconds=50))
+                            timeout=timedelta(seconds=150))
     result = scenarios(here, number)
     (here / f"result-{number}.json").write_text(json.dumps(result))
     crash(here, number)

@@ -96,7 +96,8 @@ class Source:
     """
 
     def __init__(self, splits=(4,), rank=0, world=1, seed=7, invalid=(), poison=None, boundary=lambda step: True,
-                 identity="toy-data", pause=0.0):
+                 identity="toy-data", pause=0.0, tokens=TOKENS):
+        self.tokens = tokens
         self.splits, self.rank, self.world, self.seed, self.invalid = splits, rank, world, seed, set(invalid)
         self.poison, self.boundary, self.identity, self.pause, self.taken = poison, boundary, identity, pause, []
 
@@ -116,7 +117,7 @@ class Source:
         x0 = rng.normal(self.seed, "x0", key, (2, *SHAPE))
         x0[:, 1] *= 1.5  # losers are louder, so that there is something to learn
         valid = torch.tensor([[row not in self.invalid] * 2 for row in rows])
-        return Batch(x0=x0, cond=Cond(tokens=rng.normal(self.seed, "tokens", key, TOKENS)),
+        return Batch(x0=x0, cond=Cond(tokens=rng.normal(self.seed, "tokens", key, self.tokens)),
                      utility=torch.tensor([[1.0, 0.0]] * len(rows)), valid=valid, key=key)
 
 

@@ -1,0 +1,87 @@
+"""One rank whose weights FSDP2 has cut: ``python -m tests.train.cut FOLDER RANK WORLD SCENARIO...``. A tiny UNet, real banks.
+
+Runs the scenarios, goes on with a run that one process began, and begins one that another will end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from diffalign.evaluate.preference import heldout_preference
+from diffalign.methods import Context
+from diffalign.models import LoRA, ModelSpec, WeightBank, enable_gradient_checkpointing, load_denoiser
+from diffalign.models.references import Frozen, Moving
+from diffalign.train.launch import make_accelerator
+from diffalign.types import Memory
+from diffalign.world import Single, world_of
+
+from . import toy
+
+STEPS, GROUPS, TOKENS = 2, 4, (3, 8)
+SCENARIOS = {
+    "full": {"lora": None, "rule": Frozen(), "ema_decay": 0.9, "blocks": "BasicTransformerBlock,ResnetBlock2D"},
+    "lora": {"lora": LoRA(rank=2), "rule": Moving(every=1), "ema_decay": 0.9, "reshard": "false", "learning_rate": 3e-3},
+    "full_moving": {"lora": None, "rule": Moving(every=1, mix=0.5), "reshard": "false", "gradient_checkpointing": True},
+    "lora_bf16": {"lora": LoRA(rank=2), "rule": Frozen(), "mixed_precision": "bf16"},
+}
+
+
+def train(folder: Path, pipeline: Path, name: str, *, rank: int = 0, world: int = 1, steps: int = STEPS):
+    """(bank, summary, held-out figures at both ends) of GROUPS pairs a step, whatever the number of processes."""
+    options = dict(SCENARIOS[name])
+    lora, rule = options.pop("lora"), options.pop("rule")
+    os.environ.update(FSDP_RESHARD_AFTER_FORWARD=options.pop("reshard", "true"),
+                      FSDP_TRANSFORMER_CLS_TO_WRAP=options.pop("blocks", ""))
+    forward = torch.bfloat16 if options.get("mixed_precision") == "bf16" else torch.float32
+    spec = ModelSpec(pretrained_model_name_or_path=str(pipeline), lora=lora)
+    denoiser = load_denoiser(spec, dtype=torch.float32 if lora is None else forward)
+    bank = WeightBank.build(denoiser, lora, reads=("policy", "reference"), seed=0, rule=rule, forward_dtype=forward)
+    if options.get("gradient_checkpointing"):
+        enable_gradient_checkpointing(denoiser)
+    # two micro-batches on each of two processes
+    source = toy.Source((1,) * (GROUPS // world), rank=rank, world=world, tokens=TOKENS)
+    heldout = [toy.Source((2,), seed=8, tokens=TOKENS).take(step)[0] for step in range(3)]
+    accelerator = make_accelerator(toy.spec(**options), folder)
+
+    def validate(bank, step):
+        ctx = Context(predict=lambda *args: _autocast(accelerator, bank, *args), process=bank.denoiser.process,
+                      param=bank.denoiser.param, seed=3, step=0, memory=Memory())
+        return heldout_preference(ctx, heldout, draws=1, world=Single() if world == 1 else world_of(accelerator)).figures()
+
+    return toy.train(folder / name, bank=bank, source=source, validation=validate, accelerator=accelerator,
+                     max_train_steps=steps, train_batch_size=1, gradient_accumulation_steps=GROUPS // world,
+                     lr_scheduler="constant", logging_steps=1, checkpointing_steps=1, **{"learning_rate": 1e-4, **options})
+
+
+def _autocast(accelerator, bank, *args):
+    with accelerator.autocast():
+        return bank.predict(*args)
+
+
+def main(folder: Path, rank: int, world: int, scenarios: list[str]) -> None:
+    pipeline, found = folder / "pipeline", {}
+    for name in scenarios:
+        bank, summary = train(folder / "cut", pipeline, name, rank=rank, world=world)
+        found[name] = {"parameters": summary.parameters, "start": summary.validation_start, "end": summary.validation_end,
+                       "plain": all(type(p) is torch.nn.Parameter for p in bank.denoiser.module.parameters())}
+    found["resumed"] = train(folder / "ended-cut", pipeline, "full", rank=rank, world=world)[1].step
+    train(folder / "begun-cut", pipeline, "full", rank=rank, world=world, steps=1)
+    (folder / f"result-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    here, number, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT="1", ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo",
+                      ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    dist.init_process_group("gloo", init_method=f"file://{here}/meet", rank=number, world_size=size,
+                            timeout=timedelta(seconds=150))
+    main(here, number, size, sys.argv[4:])
+    dist.destroy_process_group()

@@ -1,0 +1,152 @@
+"""Weights cut by FSDP2 over gloo processes: the losses, held-out figures, checkpoints and files of one process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffalign.errors import ConfigError
+from diffalign.train.checkpoint import checkpoints, load
+from diffalign.train.launch import make_accelerator
+from diffalign.train.sharding import is_asked
+
+from ..models import tiny
+from . import cut, toy
+from .test_world import apart, log
+
+ROOT, LIMIT = Path(__file__).parents[2], 250  # seconds
+QUICK = ("full", "lora")  # by default; four processes run all
+CUT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A folder with the runs of one process, and what the others begin from."""
+    folder = tmp_path_factory.mktemp("cut")
+    tiny.make("sd", folder)
+    for name in QUICK:
+        cut.train(folder / "one", folder / "pipeline", name)
+    cut.train(folder / "ended-cut", folder / "pipeline", "full", steps=1)
+    return folder
+
+
+def run(folder: Path, one: Path, world: int, scenarios) -> Path:
+    """All ranks, with a limit; killed whatever happens."""
+    shutil.copytree(one, folder, dirs_exist_ok=True)
+    command = [sys.executable, "-m", "tests.train.cut", str(folder)]
+    ranks = [subprocess.Popen([*command, str(rank), str(world), *scenarios], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in range(world)]
+    try:
+        said = [process.communicate(timeout=LIMIT)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert all((folder / f"result-{rank}.json").exists() for rank in range(world)), said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(one, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("two"), one, 2, QUICK)
+
+
+@pytest.fixture(scope="module")
+def four(one, tmp_path_factory):
+    for name in set(cut.SCENARIOS) - set(QUICK):
+        cut.train(one / "one", one / "pipeline", name)
+    return run(tmp_path_factory.mktemp("four"), one, 4, cut.SCENARIOS)
+
+
+def assert_equal_one(folder: Path, name: str, world: int) -> None:
+    a, b = folder / "cut" / name, folder / "one" / name
+    loose = cut.SCENARIOS[name].get("mixed_precision") == "bf16"  # sums of rounded gradients, in another order
+    assert apart(a, b) < (1e-3 if loose else 1e-6)
+    if "ema_decay" in cut.SCENARIOS[name]:
+        assert apart(a, b, "ema") < 1e-6
+    if not loose:
+        assert apart(a, b, "optimizer") < 1e-4
+    for mine, his in zip(log(a), log(b), strict=True):
+        assert mine["loss"] == pytest.approx(his["loss"], rel=1e-2 if loose else 3e-4)  # beta 2000 times float32's 1e-7
+        assert mine["grad_norm"] == pytest.approx(his["grad_norm"], rel=0.05 if loose else 1e-3)
+        assert mine["update_norm"] == pytest.approx(his["update_norm"], rel=1e-2 if loose else 1e-5)
+    for mine, his in zip(heldout(a), heldout(b), strict=True):
+        assert mine == pytest.approx(his, rel=1e-3, abs=1e-4 if loose else 5e-7)  # differences of errors near 1
+    results = [json.loads((folder / f"result-{rank}.json").read_text())[name] for rank in range(world)]
+    assert all(result == results[0] and result["plain"] for result in results)
+    assert results[0]["parameters"] == sum(t.numel() for key, t in load(checkpoints(b)[-1]).tensors["weights"].items()
+                                           if key.startswith("policy/"))
+
+
+def heldout(folder: Path) -> list[dict[str, float]]:
+    """The held-out figures of a run, at its start and its end."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "validation/margin" in line]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_two_processes_equal_one(two, name):
+    assert_equal_one(two, name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cut.SCENARIOS)
+def test_four_processes_equal_one(four, name):
+    assert_equal_one(four, name, 4)
+
+
+def files(folder: Path) -> dict[str, torch.Tensor]:
+    return {f"{path.name}/{name}": tensor for path in sorted(folder.glob("*.safetensors"))
+            for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("name, files_of", [("full", "unet"), ("lora", ".")])
+def test_files_for_users_are_whole_also_in_checkpoints(two, name, files_of):
+    """They hold the moving average, which only ever lay cut in the processes."""
+    for place in ("checkpoint-1", "checkpoint-2", "."):
+        mine, his = (files(two / side / name / place / files_of) for side in ("cut", "one"))
+        mine, his = ({key: t for key, t in found.items() if not key.startswith(("weights.", "optimizer.", "ema."))}
+                     for found in (mine, his))
+        assert mine.keys() == his.keys() and len(his) > 10
+        for key, tensor in his.items():
+            torch.testing.assert_close(mine[key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_one_process_hands_over_to_two(two):
+    assert json.loads((two / "result-0.json").read_text())["resumed"] == cut.STEPS
+    assert apart(two / "ended-cut" / "full", two / "one" / "full") < 1e-6
+
+
+def test_two_processes_hand_over_to_one(two):
+    cut.train(two / "begun-cut", two / "pipeline", "full")
+    assert apart(two / "begun-cut" / "full", two / "one" / "full") < 1e-6
+    assert apart(two / "begun-cut" / "full", two / "one" / "full", "ema") < 1e-6
+    rows = [line["step"] for line in log(two / "begun-cut" / "full")]
+    assert rows == [1, 2]
+
+
+@pytest.mark.parametrize("variables, changes, said", [
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed moves the weights inside backward"),
+    ({**CUT, "FSDP_VERSION": "1"}, {}, "fsdp_version 1 is not supported"),
+    ({**CUT, "FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params is not supported"),
+    ({**CUT, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "train.gradient_checkpointing=true"),
+    (CUT, {"optimizer": "adafactor"}, "train.optimizer: adafactor cannot work on weights that FSDP2 has cut"),
+])
+def test_what_accelerate_was_told_and_the_loop_does_not_do_is_refused(monkeypatch, tmp_path, variables, changes, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        make_accelerator(toy.spec(**changes), tmp_path)
+
+
+def test_cutting_is_asked_for_by_accelerate_alone(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    assert not is_asked()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "True")
+    assert is_asked()
