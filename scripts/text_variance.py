@@ -334,7 +334,7 @@ def figure(result: dict, path: Path) -> None:
     right.plot(line, np.sqrt(line), "k:", label="Theorem 1: sqrt(variance)")
     right.plot(line, line / 8, "k--", label="variance / 8")
     right.set(xscale="log", yscale="log", xlabel="variance of the logit", ylabel="nats", title="bias of the loss")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=110)
 
