@@ -57,7 +57,7 @@ def train(folder: Path, pipeline: Path, name: str, *, rank: int = 0, world: int 
 
     return toy.train(folder / name, bank=bank, source=source, validation=validate, accelerator=accelerator,
                      max_train_steps=steps, train_batch_size=1, gradient_accumulation_steps=GROUPS // world,
-                     lr_scheduler="constant", logging_steps=1, checkpointing_steps=1, **{"learning_rate": 1e-4, **options})
+                     lr_scheduler="constant", logging_steps=1, checkpointing_steps=2, **{"learning_rate": 1e-4, **options})
 
 
 def _autocast(accelerator, bank, *args):
