@@ -28,13 +28,15 @@ DATA = ("DATA", "parquet, CSV, JSON or JSONL file, or a folder of pictures or of
 @dataclass(frozen=True)
 class _Command:
     """load: a function of ``diffalign.config`` that makes the spec from the positionals and the overrides. The function of the
-    command's own name, with _ for -, in ``diffalign.run`` takes the spec, and its switches (name, help) as keywords.
+    command's own name, with _ for -, in ``diffalign.run`` takes the spec, and its switches (name, help) and settings (name,
+    type, default, help) as keywords.
     """
 
     summary: str
     positionals: tuple[tuple[str, str], ...] = (CONFIG,)
     load: str = "load_recipe"
     switches: tuple[tuple[str, str], ...] = ()
+    settings: tuple[tuple[str, type, object, str], ...] = ()
 
 
 _COMMANDS = {
@@ -44,6 +46,12 @@ _COMMANDS = {
                       "learning rate"),)),
     "check": _Command("look at data and options before the machine gets warm: counts, ties, leakage, derived numbers, sample "
                       "pairs"),
+    "plan": _Command("what a run will need, before anything is downloaded: memory by part, pairs a second, hours, disk, and "
+                     "the option to change where it does not fit", settings=(
+        ("gpu", str, "h100", "name of the card, such as h200, a100-80, 4090"),
+        ("gpus", int, 1, "how many of them"),
+        ("efficiency", float, 0.2, "share of the card's data-sheet rate that training reaches: an assumption"),
+        ("json", str, None, "write the plan to this file, too"))),
     "evaluate": _Command("compare base, aligned and other models on the same prompts and seeds: win rates with intervals, "
                          "report, grid", load="load_evaluation"),
     "grid": _Command("draw the comparison grid only: PNG, WebP and a page to look at it", load="load_evaluation"),
@@ -85,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
                              help="options by path, such as train.learning_rate=1e-5")
         for switch, meaning in known.switches:
             command.add_argument(f"--{switch}", action="store_true", help=meaning)
+        for setting, kind, default, meaning in known.settings:
+            command.add_argument(f"--{setting}", type=kind, default=default, metavar=setting.upper(), help=meaning)
         command.add_argument("--rewards-from", metavar="FILE.py", action="append", default=[],
                              help="make the rewards of a Python file of yours known under their names (it is run)")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -126,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 config.rewards_from(file)
             command = _COMMANDS[args.command]
             given = [getattr(args, metavar.lower()) for metavar, _ in command.positionals]
-            switches = {switch: getattr(args, switch) for switch, _ in command.switches}
+            switches = {name: getattr(args, name) for name, *_ in (*command.switches, *command.settings)}
             spec = getattr(config, command.load)(*given, args.overrides)
             with world.left_in_order():
                 getattr(run, args.command.replace("-", "_"))(spec, printer=print, **switches)

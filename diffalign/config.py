@@ -655,32 +655,37 @@ def _check_latent_reward(recipe: Recipe) -> None:
 
 
 # options that say something of pictures or of diffusers pipelines, with the values that say nothing
-_OF_PICTURES = {"data": ("image_root", "resolution", "aspect_ratio_buckets", "random_flip", "caption_dropout", "cache_dir"),
-                "model": ("variant", "pretrained_vae_model_name_or_path", "fuse_lora", "distilled"),
-                "train": ("enable_xformers_memory_efficient_attention",)}
+OF_PICTURES = {"data": ("image_root", "resolution", "aspect_ratio_buckets", "random_flip", "caption_dropout", "cache_dir"),
+               "model": ("variant", "pretrained_vae_model_name_or_path", "fuse_lora", "distilled"),
+               "train": ("enable_xformers_memory_efficient_attention",)}
 _OF_TEXT = ("chat_template", "max_tokens")
+_TOKENS = {likelihood.MaskedELBO: ("masked", "text"), likelihood.CodeLikelihood: ("codes", "codec tokens")}
 
 
 def _check_text(recipe: Recipe) -> None:
-    """A masked language model reads stored text; nothing of it is a picture."""
-    if not isinstance(recipe.likelihood, likelihood.MaskedELBO):
+    """A language model reads stored text or codec tokens; nothing of it is a picture."""
+    kind, subject = _TOKENS.get(type(recipe.likelihood), (None, ""))
+    if kind != "masked":
         for name in _OF_TEXT:
             if getattr(recipe.data, name) != getattr(DataSpec, name):
                 raise ConfigError(f"data.{name}: is of text, which likelihood.kind=masked reads; leave it out")
+    if kind is None:
         return
-    for section, names in _OF_PICTURES.items():
+    for section, names in OF_PICTURES.items():
         part = getattr(recipe, section)
-        name = next((name for name in names if getattr(part, name) != getattr(type(part), name)), None)
+        name = next((name for name in names if getattr(part, name) != getattr(type(part), name)
+                     and (kind, name) != ("codes", "image_root")), None)  # clips may be files, too
         if name is not None:
-            raise ConfigError(f"{section}.{name}: is of pictures, and likelihood.kind=masked trains on text; leave it out")
+            raise ConfigError(f"{section}.{name}: is of pictures, and likelihood.kind={kind} trains on {subject}; leave it "
+                              "out")
     if not isinstance(recipe.source, Stored):
-        raise ConfigError("source.kind: likelihood.kind=masked reads stored answers; leave it at stored")
+        raise ConfigError(f"source.kind: likelihood.kind={kind} reads stored {subject}; leave it at stored")
     for name in ("evaluate", "monitor"):
         if getattr(recipe, name) is not None:
-            raise ConfigError(f"{name}: draws pictures, and likelihood.kind=masked trains on text; set it to null "
+            raise ConfigError(f"{name}: draws pictures, and likelihood.kind={kind} trains on {subject}; set it to null "
                               "(train.json has the held-out accuracy)")
     if getattr(recipe.reference, "gate", None) is not None:
-        raise ConfigError("reference.gate: is measured on denoising errors, which text has none of; set it to null")
+        raise ConfigError(f"reference.gate: is measured on denoising errors, which {subject} has none of; set it to null")
 
 
 def _check_paths(recipe: Recipe) -> None:

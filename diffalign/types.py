@@ -81,6 +81,7 @@ class Batch(_Movable):
     place: [B] int64 or None, the group's number in the run (step * groups a step + its place in the step), the same however a
     step is cut up. steps: the sampler's steps that step densities are taken of, or None. reference_error: [B, K, draws]
     float32 or None, mean squared errors of a frozen reference that were measured beforehand; its pass is then not run.
+    host: the same batch on the CPU, or None where this one lies there; ``labels`` are read from it without waiting.
     """
 
     x0: Tensor
@@ -92,6 +93,12 @@ class Batch(_Movable):
     place: Tensor | None = None
     steps: Steps | None = None
     reference_error: Tensor | None = None
+    host: Batch | None = None
+
+    @property
+    def labels(self) -> Batch:
+        """Where utility, valid and soft can be asked for indices without stopping the device."""
+        return self.host or self
 
     @property
     def groups(self) -> int:

@@ -26,11 +26,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 PATHS = ("usual", "live", "measured", "encode")
+SHOWN = ("usual", "live", "measured", "encode", "reference")
 SWEEPS = (1, 2, 4, 8, 16)
 WARM = 2  # steps before the clock runs
 
@@ -233,7 +233,7 @@ def ours(recipe, turns: Turns) -> None:
 
 
 def encode(recipe, turns: Turns) -> None:
-    """A turn encodes as many pairs as the others train on, and measures the reference's errors of as many."""
+    """A turn encodes the data set and measures the reference's errors of as many steps as the others train: seconds a pair."""
     from diffalign import data
     from diffalign.models import load_encoders
     from diffalign.models.load import encoder_facts
@@ -242,23 +242,25 @@ def encode(recipe, turns: Turns) -> None:
     from diffalign.world import Single
 
     accelerator, spec = make_accelerator(recipe.train, Path(recipe.output_dir)), recipe.train
-    encoders, context = load_encoders(recipe.model, accelerator.device), reference.base_passes(recipe, accelerator)
-    few = replace(recipe.data, max_train_samples=turns.steps * spec.train_batch_size)
-    resolution = few.resolution or encoder_facts(recipe.model).default_resolution
+    encoders, facts = load_encoders(recipe.model, accelerator.device), encoder_facts(recipe.model)
+    context = reference.base_passes(recipe, accelerator)
     for number in itertools.count():
         if number == 1:  # the first turn is the warm-up
             turns.say({"ready": True})
         if number:
             turns.next()
         folder, start = Path(tempfile.mkdtemp(dir=recipe.output_dir)), time.perf_counter()
-        report = data.encode(few, lambda: encoders, cache_dir=folder, resolution=resolution, seed=recipe.seed, progress=False)
+        report = data.encode(recipe.data, lambda: encoders, cache_dir=folder, resolution=recipe.data.resolution,
+                             seed=recipe.seed, facts=facts, progress=False)
         encoded = time.perf_counter()
         stored = parts.stored_of(recipe, data.Cache(report.manifest), Single())
         for step in range(turns.steps):
             for batch in stored.take(step):
                 reference.errors_of(recipe.likelihood, batch, context, accelerator.device)
         if number:
-            turns.say({"encode": encoded - start, "reference": time.perf_counter() - encoded})
+            turns.say({"encode": (encoded - start) / report.groups,
+                       "reference": (time.perf_counter() - encoded) / (turns.steps * spec.train_batch_size),
+                       "matrix_flop_per_s": matrix_rate(spec.mixed_precision)})
         shutil.rmtree(folder)
 
 
@@ -342,14 +344,14 @@ def write_sdxl(folder: Path, model: str, pairs: int, side: int) -> dict:
 def write_recipe(options, work: Path) -> Path:
     import yaml
 
-    turns = WARM + options.steps * (options.rounds + 1)
+    turns, pairs = WARM + options.steps * (options.rounds + 1), max(64, options.steps * options.batch)
     if options.model != "tiny":
-        places = write_sdxl(work, options.model, 2 * options.steps * options.batch, options.resolution)
+        places = write_sdxl(work, options.model, pairs, options.resolution)
     else:
         places = {"model": "assets/tiny-sdxl", "data": "assets/preferences/train.parquet"}
     tree = {"output_dir": str(work / "run"), "seed": 0,
             "model": {"pretrained_model_name_or_path": places["model"], "lora": {"rank": options.rank}},
-            "data": {"path": places["data"], "resolution": options.resolution},
+            "data": {"path": places["data"], "resolution": options.resolution, "max_train_samples": pairs},
             "objective": {"kind": "dpo", "beta": 2000},
             "train": {"max_train_steps": turns, "train_batch_size": options.batch, "mixed_precision": options.precision,
                       "learning_rate": 1e-4, "checkpointing_steps": turns + 1, "resume": "never",
@@ -382,11 +384,12 @@ class Worker:
 
 def prepare(file: Path) -> None:
     """Latents and text for both of diffalign's paths, the reference's errors for one: their caches lie apart."""
-    for path, switches in (("live", []), ("measured", ["--reference"])):
-        command = [sys.executable, "-m", "diffalign", "encode", str(file), f"output_dir={file.parent / path}", *switches]
-        done = subprocess.run([*command, f"data.cache_dir={file.parent / path / 'cache'}"], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"bench_train: {done.stderr[-3000:]}")
+    folder = file.parent / "measured"
+    command = [sys.executable, "-m", "diffalign", "encode", str(file), "--reference", f"output_dir={folder}"]
+    done = subprocess.run([*command, f"data.cache_dir={folder / 'cache'}"], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"bench_train: {done.stderr[-3000:]}")
+    shutil.copytree(folder / "cache", file.parent / "live" / "cache", ignore=shutil.ignore_patterns("reference-*"))
 
 
 def matrix_rate(precision: str) -> float:
@@ -438,17 +441,16 @@ def bench(options) -> dict:
 
 
 def run_rounds(file: Path, options) -> tuple[list[dict], dict, dict]:
-    workers = {}
-    for path in PATHS:  # one after another: loading is heavy
-        workers[path] = Worker(path, file, options)
-        workers[path].answer()
+    workers = {path: Worker(path, file, options) for path in PATHS}
+    for worker in workers.values():
+        worker.answer()
     rounds = []
     for number in range(options.rounds):
         answers = {path: worker.turn() for path, worker in workers.items()}
         pairs = options.steps * options.batch
         rounds.append({**{path: answers[path]["seconds"] / pairs for path in PATHS[:3]},
-                       "encode": answers["encode"]["encode"] / pairs, "reference": answers["encode"]["reference"] / pairs})
-        print(f"round {number + 1}/{options.rounds}: " + ", ".join(f"{name} {1 / s:.3g}" for name, s in rounds[-1].items())
+                       **answers["encode"]})
+        print(f"round {number + 1}/{options.rounds}: " + ", ".join(f"{name} {1 / rounds[-1][name]:.3g}" for name in SHOWN)
               + " pairs/s", file=sys.stderr, flush=True)
     stages = {path: workers[path].turn("stages") for path in PATHS[:3]}
     return rounds, stages, {path: worker.turn("end")["peak"] for path, worker in workers.items()}
@@ -464,7 +466,7 @@ def summary(options, rounds, stages, peaks, policy: int, reference: int) -> dict
     """Ratios are taken inside a round, then their median. Seconds a pair: training, plus encoding over the epochs."""
     import torch
 
-    epochs, rate, paths, sweeps = options.epochs, matrix_rate(options.precision), {}, {}
+    epochs, paths, sweeps = options.epochs, {}, {}
     for path in PATHS[:3]:
         once = 0.0 if path == "usual" else 1 / epochs
         whole = [r[path] + once * r["encode"] for r in rounds]
@@ -473,7 +475,7 @@ def summary(options, rounds, stages, peaks, policy: int, reference: int) -> dict
         paths[path] = {
             "pairs_per_s": spread([1 / s for s in whole]), "without_encoding": spread([1 / r[path] for r in rounds]),
             "ratio": spread([r["usual"] / s for r, s in zip(rounds, whole)]), "peak_bytes": peaks[path],
-            "mfu": median([work / r[path] for r in rounds]) / rate,
+            "mfu": median([work / r[path] / r["matrix_flop_per_s"] for r in rounds]),
             "stages": {**{name: s / total for name, s in share.items()}, "rest": 1 - sum(share.values()) / total}}
     for runs in SWEEPS:  # the usual recipe encodes in every run; the measured one encodes and measures once for all of them
         live = median([r["usual"] / (r["live"] + r["encode"] / epochs / runs) for r in rounds])
@@ -485,7 +487,8 @@ def summary(options, rounds, stages, peaks, policy: int, reference: int) -> dict
             "diffalign_pairs_per_s": paths[best]["pairs_per_s"]["median"], "ratio": paths[best]["ratio"]["median"],
             "paths": paths, "sweeps": sweeps, "encode_pairs_per_s": spread([1 / r["encode"] for r in rounds]),
             "reference_pairs_per_s": spread([1 / r["reference"] for r in rounds]),
-            "flop_per_pair": {"policy": policy, "reference": reference}, "matrix_flop_per_s": rate,
+            "flop_per_pair": {"policy": policy, "reference": reference},
+            "matrix_flop_per_s": spread([r["matrix_flop_per_s"] for r in rounds]),
             "options": vars(options), "device": device, "date": time.strftime("%Y-%m-%d"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__}, "rounds": rounds}
 

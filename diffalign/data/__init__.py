@@ -8,7 +8,8 @@ from importlib import import_module as _import
 _PUBLIC = {
     "DataSpec": "spec", "Cache": "cache", "CacheReport": "encoding", "encode": "encoding", "Offline": "offline",
     "fixed_batches": "offline", "Order": "order", "detect_layout": "columns",
-    "has_validation": "columns", "read_rows": "columns", "Texts": "text", "read_texts": "text",
+    "has_validation": "columns", "read_rows": "columns", "Texts": "text", "read_texts": "text", "read_clips": "music",
+    "read_sounds": "sound",
 }
 __all__ = list(_PUBLIC)
 

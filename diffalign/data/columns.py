@@ -8,7 +8,8 @@ Layouts (``prompt`` may also be called ``caption`` or ``text``):
   unpaired         prompt, image, label                          1/true liked, 0/-1/false not
   prompts          prompt alone, or a text file of one a line    for sources that draw every picture
 A picture is its bytes, {"bytes", "path"}, or a path inside the data set's folder; column names may end in ``_file_name``.
-For text the candidates are answers: chosen, rejected; completions (for images); completion (for image).
+For text the candidates are answers: chosen, rejected; completions (for images); completion (for image). For music they are
+WAV files, as pictures are files, or arrays of codec tokens, [codebooks][frames].
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -64,14 +66,14 @@ class ImageRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One group. id: the row's number in its data set, whatever was dropped before it. images: pictures, or answers where text
-    was asked for. utility: one float32-exact number per image, higher is better. soft: probability that the best is truly
-    preferred, or None for a hard label. models: what drew each picture, where a column says so; else empty. user: who judged,
-    from the column user_id or user, or None."""
+    """One group. id: the row's number in its data set, whatever was dropped before it. images: pictures, or texts or clips
+    where those were asked for. utility: one float32-exact number per image, higher is better. soft: probability that the best
+    is truly preferred, or None for a hard label. models: what drew each picture, where a column says so; else empty. user: who
+    judged, from the column user_id or user, or None."""
 
     id: int
     prompt: str
-    images: tuple[ImageRef | str, ...]
+    images: tuple[ImageRef | str | np.ndarray, ...]
     utility: tuple[float, ...]
     soft: float | None
     where: str
@@ -120,14 +122,15 @@ def has_validation(spec: DataSpec) -> bool:
     return spec.validation is not None or spec.validation_share > 0
 
 
-def read_rows(spec: DataSpec, tally: Tally, *, part: str = "train", seed: int = 0, texts: bool = False) -> Iterator[Row]:
-    """Rows of ``part`` ("train" or "validation") in file order, ties treated as ``spec.ties`` says. texts: candidates are
-    text.
+def read_rows(spec: DataSpec, tally: Tally, *, part: str = "train", seed: int = 0,
+              candidates: Literal["pictures", "texts", "clips"] = "pictures") -> Iterator[Row]:
+    """Rows of ``part`` ("train" or "validation") in file order, ties treated as ``spec.ties`` says. candidates: what a row
+    compares: files of pictures, texts, or clips (files, or arrays of codec tokens).
 
     Raises DataError: unreadable or empty data set, no preference column, a bad row or a tie where those are refused.
     """
     kept = 0
-    for row in _labelled(spec, tally, part, _text if texts else _image):
+    for row in _labelled(spec, tally, part, _CANDIDATES[candidates]):
         if row.tie and not _keep_tie(spec, tally, row):
             continue
         kept += 1
@@ -247,7 +250,7 @@ class _Field(Exception):
 
 
 def _row(number: int, where: str, root: Path | None, columns: dict, layout: str, candidate: Callable) -> Row:
-    def picture(value, column: str) -> ImageRef | str:
+    def picture(value, column: str) -> ImageRef | str | np.ndarray:
         return candidate(value, column, root, where)
 
     try:
@@ -433,6 +436,22 @@ def _image(value, column: str, root: Path | None, where: str) -> ImageRef:
     if isinstance(value, str) and value:
         return ImageRef(path=_inside(value, root, column), where=f"{where} ({value[:200]})")
     raise _Field(column, f"a picture is bytes or a path, got {type(value).__name__}")
+
+
+def _clip(value, column: str, root: Path | None, where: str) -> ImageRef | np.ndarray:
+    """A list of codebooks, each a list of whole numbers; or a file's bytes or path."""
+    if not isinstance(value, (list, tuple)):
+        return _image(value, column, root, where)
+    try:
+        codes = np.array(value)
+    except ValueError:
+        raise _Field(column, "the codebooks of a clip must have one length") from None
+    if codes.dtype.kind not in "iu":
+        raise _Field(column, "the codes of a clip are whole numbers, a list for each codebook")
+    return codes
+
+
+_CANDIDATES = {"pictures": _image, "texts": _text, "clips": _clip}
 
 
 def _inside(name: str, root: Path | None, column: str) -> Path:

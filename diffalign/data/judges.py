@@ -30,6 +30,7 @@ class LatentJudge:
     same_latents: bool = False
     batch_size: int = 64
     device: str | None = None
+    title = "LPO"
     predicts = False
     differentiable = True
     forwards = 1  # passes a child: half a denoiser, with the prompt and without

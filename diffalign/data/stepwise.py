@@ -37,6 +37,7 @@ class StepJudge(Protocol):
     """
 
     predicts: bool
+    title: str  # of the method that ranks in this way
 
     def __call__(self, x: Tensor, t: Tensor, x0: Tensor | None, prompts: Sequence[str], decode: Callable) -> Tensor: ...
 
@@ -55,6 +56,10 @@ class PredictedImage:
 
     def __call__(self, x: Tensor, t: Tensor, x0: Tensor | None, prompts: Sequence[str], decode: Callable) -> Tensor:
         return judged(self.reward, list(decode(x0)), prompts, self._columns(t))
+
+    @property
+    def title(self) -> str:
+        return "SPO" if "t" in columns_of(self.reward) else "TailorPO"
 
     @property
     def differentiable(self) -> bool:

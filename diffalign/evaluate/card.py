@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..models.spec import LANGUAGE_MODEL, LATENT_REWARD
+from ..models.spec import LANGUAGE_MODEL, LATENT_REWARD, PEFT
 from .files import redact, write
 
 if TYPE_CHECKING:
@@ -43,14 +43,18 @@ def loading(run: Run) -> dict[str, str]:
                 f'reward = load_reward({{"kind": "latent", "path": "path/to/this/folder/{LATENT_REWARD}"}})',
                 "scores = reward(pictures, prompts)", "")
         return {"diffusers": "\n".join(code), "comfyui": ""}
+    if LANGUAGE_MODEL in run.files and run.subject == "clips":
+        code = ("from transformers import MusicgenForConditionalGeneration", "",
+                f'model = MusicgenForConditionalGeneration.from_pretrained("path/to/this/folder/{LANGUAGE_MODEL}")', "")
+        return {"diffusers": "\n".join(code), "comfyui": ""}
     if LANGUAGE_MODEL in run.files:
         code = ("from diffalign.models import ModelSpec",
                 "from diffalign.models.masked_lm import load_denoiser, load_tokens", "",
                 f'spec = ModelSpec(pretrained_model_name_or_path="path/to/this/folder/{LANGUAGE_MODEL}")',
                 "denoiser, tokens = load_denoiser(spec), load_tokens(spec)", "")
         return {"diffusers": "\n".join(code), "comfyui": ""}
-    if run.subject == "answers":
-        code = ("from peft import PeftModel", "", "# base: the model that training started from, loaded by its own code",
+    if run.subject == "answers" or PEFT in run.files:
+        code = ("from peft import PeftModel", "", "# base: the network that training started from, loaded by its own code",
                 'model = PeftModel.from_pretrained(base, "path/to/this/folder")', "")
         return {"diffusers": "\n".join(code), "comfyui": ""}
     base = run.base_model if is_hub_id(run.base_model) else f"path/to/{Path(run.base_model).name}"

@@ -17,7 +17,7 @@ from ..errors import ConfigError, DataError
 from ..rewards.base import Reward, identity
 from ..world import Single, World
 from .alarm import Alarm
-from .sides import Draw, Place, Side, alarm_of, as_draw, draw_and_keep, picture_seeds, sampling
+from .sides import Draw, Place, Side, alarm_of, as_draw, as_one, draw_and_keep, picture_seeds, sampling
 from .spec import ALIGNED, EvaluateSpec
 from .statistics import ERROR, Paired, Sweep, holm, outcomes, paired, sweep
 
@@ -159,15 +159,17 @@ class Comparison:
 
 def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int = 0, categories: Sequence[str] | None = None,
             compared: Sequence[str] | None = None, strengths: Mapping[str, float] | None = None,
-            training: Sequence[Reward] | None = None, facts: Mapping[str, Any] | None = None, show_seeds: int = 1,
-            extremes: int = 6, progress: str | None = "comparing", world: World | None = None) -> Comparison:
+            training: Sequence[Reward] | None = None, weights: Sequence[float] | None = None,
+            facts: Mapping[str, Any] | None = None, show_seeds: int = 1, extremes: int = 6,
+            progress: str | None = "comparing", world: World | None = None) -> Comparison:
     """models: ``Stage``s, or a mapping of names to diffusers pipelines or callables (prompts, seeds) -> pictures; the first
     name is the base.
 
     compared: the models that are compared with it, the main one first; None takes the second name, and all others that are in
-    no sweep. strengths: sides of a strength sweep. training: rewards that were optimised, None where not known. facts: added
-    to ``identity``. run_seed: used where ``spec.seed`` is None. show_seeds: seeds per prompt among the tiles. extremes: how
-    many of the largest gains and losses are shown; their pictures are drawn once more.
+    no sweep. strengths: sides of a strength sweep. training: rewards that were optimised, None where not known; weights: of
+    each, as ``as_one`` takes them, 1 if None. facts: added to ``identity``. run_seed: used where ``spec.seed`` is None.
+    show_seeds: seeds per prompt among the tiles. extremes: how many of the largest gains and losses are shown; their pictures
+    are drawn once more.
 
     Each model is drawn on its own and leaves numbers and the pictures that will be shown, so memory grows neither with the
     number of prompts nor of models. Raises ConfigError where the judge can score no picture of the main model, DataError for
@@ -196,7 +198,7 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
     return Comparison(
         prompts=prompts, seeds=seeds, judge=spec.judge.name if spec.judge is not None else None, sides=sides, models=compared,
         results=results, tiles=tiles, best=best, worst=worst, sampling=said(spec), strengths=strengths,
-        alarms=_alarms(sides, compared, spec, rewards, training),
+        alarms=_alarms(sides, compared, spec, rewards, training, weights),
         rewards={reward: _against_base({name: side.rewards[reward] for name, side in sides.items()}, compared, spec)
                  for reward in rewards},
         categories=_by_category(sides, compared, categories, spec) if results else {},
@@ -213,28 +215,20 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
 
 
 def _alarms(sides: Mapping[str, Side], compared: Sequence[str], spec: EvaluateSpec, rewards: Mapping[str, Reward],
-            training: Sequence[Reward] | None) -> dict[str, Alarm]:
-    """Of every model beside the base. Several rewards that were optimised count as the mean of their z-scores on the base."""
-    base = next(iter(sides.values()))
-    names = [name for name, reward in rewards.items() if reward in (training or ())]
-    tables = [{name: side.rewards[reward] for name, side in sides.items()} for reward in names]
-    if spec.judge is not None and spec.judge in (training or ()):
-        tables.append({name: side.scores for name, side in sides.items()})
-    optimised = tables if len(tables) == 1 else [_standardised(table) for table in tables]
-    held_out = spec.judge is not None and not trained_on(spec.judge, training or ())
-    found = {}
-    for name in compared:
-        both = (next(iter(sides)), name)
-        scores = tuple(np.mean([table[side] for table in optimised], 0) for side in both) if optimised else None
-        found[name] = alarm_of(base, sides[name], training=scores, held_out=held_out)
-    return found
+            training: Sequence[Reward] | None, weights: Sequence[float] | None) -> dict[str, Alarm]:
+    """Of every model beside the base."""
+    def scores(reward: Reward) -> list[np.ndarray]:
+        if reward == spec.judge:
+            return [side.scores for side in sides.values()]
+        name = next(name for name, known in rewards.items() if known == reward)
+        return [side.rewards[name] for side in sides.values()]
 
-
-def _standardised(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """[P, S] by side, the base first, in standard deviations of the base's."""
-    base = next(iter(scores.values())).astype(np.float64)
-    spread = np.nanstd(base) if np.isfinite(base).any() else 1.0
-    return {name: (values - np.nanmean(base)) / (spread if spread > 0 else 1.0) for name, values in scores.items()}
+    training = training or ()
+    optimised = as_one([scores(reward) for reward in training], [1.0] * len(training) if weights is None else weights)
+    by, base = dict(zip(sides, optimised or ())), next(iter(sides))
+    held_out = spec.judge is not None and not trained_on(spec.judge, training)
+    return {name: alarm_of(sides[base], sides[name], training=(by[base], by[name]) if by else None, held_out=held_out)
+            for name in compared}
 
 
 def lora_off_and_on(pipe, spec: EvaluateSpec) -> tuple[Draw, Draw]:

@@ -6,18 +6,16 @@ draws: ``run.monitor`` does, and hands over figures.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-
 from ..rewards import Reward
 from ..sampling.latents import Sampler
-from .alarm import Alarm, Limits, alarm
+from .alarm import Alarm, Limits
 from .compare import trained_on
+from .sides import Side, alarm_of, as_one
 from .spec import LARGEST
 from .statistics import Paired, paired
 
@@ -41,7 +39,8 @@ class MonitorSpec:
 
     prompts: text file, one prompt a line; null takes evaluate.prompts. max_prompts: how many of them, drawn at random once.
     seeds: pictures a prompt; diversity takes two. judge: a held-out reward; null takes evaluate.judge. reward: what is
-    trained on, if it is a reward; null takes source.reward. sampler: how pictures are drawn. limits: of the alarm.
+    trained on, if it is a reward; null takes what ``evaluate`` would: evaluate.training_reward, source.reward, or those that
+    labelled the data by its build.json. sampler: how pictures are drawn. limits: of the alarm.
 
     on_alarm: "stop" saves a checkpoint and ends the run. early_stop: null trains to the end. grid_prompts: rows of
     monitor/step-N.png.
@@ -67,41 +66,6 @@ class MonitorSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
-    """Figures of one model's pictures of P prompts with S seeds. looks: [statistics, P, S]. spread: [P]. judge, reward:
-    [P, S], None where there is none. shown: one picture a prompt for the grid, PNG in base64; empty beyond its rows.
-    """
-
-    looks: np.ndarray
-    spread: np.ndarray
-    judge: np.ndarray | None
-    reward: np.ndarray | None
-    shown: tuple[str, ...]
-
-    def text(self) -> str:
-        """JSON that ``read`` takes back, to the bit."""
-        return json.dumps({name: value.tolist() if isinstance(value, np.ndarray) else value
-                           for name, value in vars(self).items()})
-
-    @classmethod
-    def read(cls, text: str) -> Side:
-        tree = json.loads(text)
-        arrays = {name: None if tree[name] is None else np.asarray(tree[name], np.float64)
-                  for name in ("looks", "spread", "judge", "reward")}
-        return cls(shown=tuple(tree["shown"]), **arrays)
-
-    @classmethod
-    def merge(cls, parts: Sequence[Side]) -> Side:
-        """All prompts of several processes, in the order of ranks."""
-        def cat(name, axis=0):
-            values = [getattr(part, name) for part in parts]
-            return None if values[0] is None else np.concatenate(values, axis)
-
-        return cls(looks=cat("looks", 1), spread=cat("spread"), judge=cat("judge"), reward=cat("reward"),
-                   shown=tuple(picture for part in parts for picture in part.shown))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Seen:
     """One check. alarm: against the base. wins: of the judge, None without one. figures: for the log."""
 
@@ -110,15 +74,14 @@ class Seen:
     figures: dict[str, float]
 
 
-def see(base: Side, now: Side, spec: MonitorSpec, *, seed: int = 0) -> Seen:
-    """base, now: of the same prompts and seeds. A judge that is the reward trained on, or has a part in it, is not held out:
-    the alarm then has none."""
-    both = {name: None if getattr(base, name) is None else np.stack([getattr(base, name), getattr(now, name)])
-            for name in ("looks", "spread", "judge", "reward")}
-    held_out = spec.judge is not None and not (spec.reward is not None and trained_on(spec.judge, (spec.reward,)))
-    found = alarm(both["looks"], training=both["reward"], judge=both["judge"] if held_out else None, limits=spec.limits,
-                  diversity=both["spread"] if np.isfinite(both["spread"]).all(0).any() else None)
-    wins = None if both["judge"] is None else paired(*both["judge"], seed=seed, resamples=2000)
+def see(base: Side, now: Side, spec: MonitorSpec, training: Sequence[tuple[Reward, float]] = (), *, seed: int = 0) -> Seen:
+    """base, now: of the same prompts and seeds, whose ``rewards`` are those of ``training`` in its order, each with its weight
+    (``as_one``). A judge that was trained on, or has a part in what was, is not held out: the alarm then has none."""
+    tables = [(base.rewards[name], now.rewards[name]) for name in base.rewards]
+    held_out = spec.judge is not None and not trained_on(spec.judge, [reward for reward, _ in training])
+    found = alarm_of(base, now, training=as_one(tables, [weight for _, weight in training]), held_out=held_out,
+                     limits=spec.limits)
+    wins = None if spec.judge is None else paired(base.scores, now.scores, seed=seed, resamples=2000)
     figures = {"alarm": float(found.fired), "shift": max(abs(row.shift) for row in found.statistics)}
     if found.diversity is not None:
         figures["diversity"] = found.diversity.ratio
@@ -143,7 +106,6 @@ def why_stop(seen: Seen, spec: MonitorSpec, history: Sequence[tuple[int, float]]
     return f"the held-out judge hasn't risen above {value:.4g}, of step {step}, in the last {len(history) - 1 - best} checks"
 
 
-def with_defaults(spec: MonitorSpec, *, prompts: str | None, judge: Reward | None, reward: Reward | None) -> MonitorSpec:
+def with_defaults(spec: MonitorSpec, *, prompts: str | None, judge: Reward | None) -> MonitorSpec:
     """``spec`` with what other sections of the recipe say where it says nothing."""
-    return replace(spec, prompts=spec.prompts or prompts, judge=spec.judge if spec.judge is not None else judge,
-                   reward=spec.reward if spec.reward is not None else reward)
+    return replace(spec, prompts=spec.prompts or prompts, judge=spec.judge if spec.judge is not None else judge)

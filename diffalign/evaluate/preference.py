@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..likelihood import MaskedELBO, Simple, Weighting
+from ..likelihood import CodeLikelihood, MaskedELBO, Simple, Weighting
 from ..methods.base import Context
 from ..objectives import BestWorst
 from ..process import Independent, NoisePlan, Shared, Stratified, draw_keys
@@ -178,6 +178,26 @@ def heldout_text(ctx: Context, batches: Sequence[Batch], estimator: MaskedELBO, 
     estimator = replace(estimator, draws=draws, masks_per_time=1, share_times=False,
                         sequence=Stratified(strata=draws) if draws > 1 else estimator.sequence)
     return _summarised(_dealt(batches, lambda batch: vars(_text_margins(ctx, batch, estimator, against)), device, world))
+
+
+@torch.no_grad()
+def heldout_codes(ctx: Context, batches: Sequence[Batch], estimator: CodeLikelihood, *, against: str | None = "reference",
+                  device=None, world: World = ALONE) -> HeldoutPreference | None:
+    """``heldout_preference`` of token music: exact log-likelihoods in nats per clip, so one draw. The change of error is per
+    code."""
+    return _summarised(_dealt(batches, lambda batch: vars(_code_margins(ctx, batch, estimator, against)), device, world))
+
+
+def _code_margins(ctx: Context, batch: Batch, estimator: CodeLikelihood, against: str | None) -> Margins:
+    est = estimator(batch, ctx, against)
+    b, w, l = _decided(batch)
+    change = est.error if against is None else est.error - est.reference_error
+
+    def margin(likelihood: Tensor) -> Tensor:
+        return (likelihood[b, w] - likelihood[b, l])[:, None].cpu()
+
+    return Margins(policy=margin(est.policy), reference=None if against is None else margin(est.reference),
+                   win_error=change[b, w][:, None].cpu(), lose_error=change[b, l][:, None].cpu(), t=est.t[b, w][:, None].cpu())
 
 
 def _text_margins(ctx: Context, batch: Batch, estimator: MaskedELBO, against: str | None) -> Margins:

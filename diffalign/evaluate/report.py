@@ -26,6 +26,7 @@ from .card import loading
 from .compare import Comparison, Tile, statistics_dict
 from .curves import drawings, read_metrics
 from .files import clean, write, write_json
+from .sound import Sounds
 from .statistics import Paired
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
@@ -66,13 +67,15 @@ class Run:
     subject: str = "pictures"
 
 
-def write_report(folder: Path | str, run: Run, comparison: Comparison | None) -> dict[str, Any]:
-    """Writes report.json, report.html and the grids into ``folder``, each atomically; returns what report.json holds."""
+def write_report(folder: Path | str, run: Run, comparison: Comparison | None, sounds: Sounds | None = None) -> dict[str, Any]:
+    """Writes report.json, report.html and the grids into ``folder``, each atomically; returns what report.json holds. sounds:
+    clips to listen to, of a model that makes no pictures.
+    """
     folder = Path(folder)
     report = build(run, comparison)
     if comparison is not None and comparison.tiles:
         write_grids(folder, run.title, comparison)
-    write(folder / "report.html", page(report, run, comparison).encode())
+    write(folder / "report.html", page(report, run, comparison, sounds).encode())
     write_json(folder / "report.json", report)
     return report
 
@@ -176,10 +179,10 @@ def _picture_grid(comparison: Comparison, labels: dict[str, str], title: str, no
                 details=[f"seed {tile.seed}" for tile in tiles])
 
 
-def page(report: dict, run: Run, comparison: Comparison | None) -> str:
+def page(report: dict, run: Run, comparison: Comparison | None, sounds: Sounds | None = None) -> str:
     """The HTML page, complete in itself: no network, no fonts, no libraries."""
     return render(
-        "report.html.j2", report=report, run=run, comparison=comparison,
+        "report.html.j2", report=report, run=run, comparison=comparison, sounds=sounds,
         curves=drawings(read_metrics(run.metrics)) if run.metrics else [],
         config=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True) if report["config"] else "",
         identity=yaml.safe_dump(report["identity"], sort_keys=False, allow_unicode=True) if report["identity"] else "",
@@ -239,9 +242,14 @@ def _comparison(comparison: Comparison | None) -> dict | None:
         for i, prompt in enumerate(comparison.prompts)]
     return {"judge": comparison.judge, "sampling": comparison.sampling, "base": comparison.base, "main": comparison.main,
             "statistics": statistics_dict(result) if result else None,
-            "categories": {name: statistics_dict(part)
-                           for name, part in comparison.categories.get(comparison.main, {}).items()},
+            "categories": _categories(comparison, comparison.main),
             "prompts": per_prompt}
+
+
+def _categories(comparison: Comparison, name: str) -> dict[str, dict]:
+    """A model's statistics by category, without verdicts: of many small comparisons some would be wrong."""
+    return {kind: {key: value for key, value in statistics_dict(part).items() if key not in ("verdict", "sentence")}
+            for kind, part in comparison.categories.get(name, {}).items()}
 
 
 def _models(comparison: Comparison | None) -> dict[str, dict]:
@@ -256,7 +264,7 @@ def _models(comparison: Comparison | None) -> dict[str, dict]:
             **(statistics_dict(result) if result else {}), "holm": comparison.corrected.get(name),
             "verdict_corrected": comparison.verdict(name),
             "survives": None if result is None else comparison.verdict(name) == result.verdict,
-            "categories": {kind: statistics_dict(part) for kind, part in comparison.categories.get(name, {}).items()},
+            "categories": _categories(comparison, name),
             "alarm": _alarm(comparison, name),
             "diversity": _ratio(_mean(side.spread), _mean(base.spread))}
     return found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from zipfile import BadZipFile
 
 import numpy as np
 
-from ..world import World
+from ..errors import DataError, first_line
+from ..world import World, together
 
 
 def blocks(count: int, step: int, world: World) -> list[slice]:
@@ -18,14 +20,26 @@ def blocks(count: int, step: int, world: World) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(world.rank * step, count, world.size * step)]
 
 
-def exchange(world: World, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of all ranks, by name; each name is of one rank. Travels as npz: nothing is unpickled."""
+def exchange(world: World, work: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays that ``work`` makes on all ranks, by name; each name is of one rank. Travels as npz: nothing is unpickled.
+    A UserError of one rank is raised on all.
+    """
     if world.size == 1:
-        return dict(arrays)
+        return dict(work())
+    texts = together(world, lambda: base64.b64encode(packed(work())).decode())
+    return {name: array for text in texts for name, array in unpacked(base64.b64decode(text)).items()}
+
+
+def packed(arrays: Mapping[str, np.ndarray]) -> bytes:
     target = io.BytesIO()
     np.savez_compressed(target, **arrays)
-    found: dict[str, np.ndarray] = {}
-    for text in world.gather(base64.b64encode(target.getvalue()).decode()):
-        with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as stored:
-            found |= {name: stored[name] for name in stored.files}
-    return found
+    return target.getvalue()
+
+
+def unpacked(content: bytes) -> dict[str, np.ndarray]:
+    """What ``packed`` was given. Raises DataError for anything else."""
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, AttributeError, BadZipFile) as error:
+        raise DataError(f"no whole file of arrays ({first_line(error)})") from None

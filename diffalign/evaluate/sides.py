@@ -6,7 +6,6 @@ runs keeps the base's side in a file and draws the others when they are trained.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,11 @@ from ..rewards.base import Reward, judged
 from ..sampling.generate import generate, picture_seed
 from ..types import Batch, Memory
 from ..world import Single, World
-from .alarm import Alarm, alarm
+from .alarm import Alarm, Limits, alarm
 from .files import write
 from .looks import LOOKS, looks, spread
 from .preference import Margins, measure
-from .shards import blocks, exchange
+from .shards import blocks, exchange, packed, unpacked
 from .spec import EvaluateSpec
 from .statistics import Paired, bootstrap, paired
 
@@ -49,20 +48,26 @@ class Side:
     margins: np.ndarray | None = None
     rewards: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What ``of`` takes back."""
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         if self.rewards:
             arrays |= {"reward_names": np.asarray(list(self.rewards)), "reward_scores": np.stack(list(self.rewards.values()))}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        write(path, buffer.getvalue())
+        return arrays
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> Side:
+        """arrays: of ``arrays``; others are left alone."""
+        names, scores = arrays.get("reward_names", ()), arrays.get("reward_scores", ())
+        return cls(**{name: arrays[name] for name in ("scores", "statistics", "spread")}, margins=arrays.get("margins"),
+                   rewards={str(name): row for name, row in zip(names, scores, strict=True)})
+
+    def save(self, path: Path) -> None:
+        write(path, packed(self.arrays()))
 
     @classmethod
     def load(cls, path: Path) -> Side:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        names, scores = arrays.pop("reward_names", ()), arrays.pop("reward_scores", ())
-        return cls(**arrays, rewards={str(name): row for name, row in zip(names, scores, strict=True)})
+        return cls.of(unpacked(path.read_bytes()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +101,24 @@ def draw_and_keep(model, prompts: Sequence[str], judge: Reward | None, spec: Eva
     if spec.seed is None:
         raise ValueError("evaluate.seed is null: sides that are drawn apart need a seed in common")
     draw, seeds, world = as_draw(model, spec), picture_seeds(prompts, spec.seeds, spec.seed), world or Single()
-    rewards, found = dict(rewards or {}), {}
-    for rows in blocks(len(prompts), max(1, spec.batch_size // spec.seeds), world):
-        texts = [prompt for prompt in prompts[rows] for _ in range(spec.seeds)]
-        images = draw(list(texts), seeds[rows].ravel().tolist())
-        if len(images) != len(texts):
-            raise ValueError(f"{len(images)} pictures came back for {len(texts)} prompts")
-        drawn(len(images))
-        measured = _measured(images, texts, judge, rewards, spec.seeds)
-        found |= {f"{name} {rows.start}": values for name, values in measured.items()}
-        found |= {f"picture {row} {number}": np.asarray(images[(row - rows.start) * spec.seeds + number].convert("RGB"))
-                  for row, number in keep if rows.start <= row < rows.stop}
-    found = exchange(world, found)
+    rewards = dict(rewards or {})
+
+    def own() -> dict[str, np.ndarray]:
+        """This process's blocks."""
+        found = {}
+        for rows in blocks(len(prompts), max(1, spec.batch_size // spec.seeds), world):
+            texts = [prompt for prompt in prompts[rows] for _ in range(spec.seeds)]
+            images = draw(list(texts), seeds[rows].ravel().tolist())
+            if len(images) != len(texts):
+                raise ValueError(f"{len(images)} pictures came back for {len(texts)} prompts")
+            drawn(len(images))
+            measured = _measured(images, texts, judge, rewards, spec.seeds)
+            found |= {f"{name} {rows.start}": values for name, values in measured.items()}
+            found |= {f"picture {row} {number}": np.asarray(images[(row - rows.start) * spec.seeds + number].convert("RGB"))
+                      for row, number in keep if rows.start <= row < rows.stop}
+        return found
+
+    found = exchange(world, own)
     table = {name: np.concatenate([found[key] for key in _in_order(found, name)])
              for name in ("scores", "rewards", "statistics", "spread")}
     side = Side(scores=table["scores"], statistics=np.moveaxis(table["statistics"], 0, 1), spread=table["spread"],
@@ -176,14 +187,37 @@ def pool(base: Side, runs: Sequence[Side], *, seed: int = 0, resamples: int = 10
                   scores=[one.aligned_score for one in alone if one], alarm=alarm_of(base, together, held_out=True))
 
 
+def as_one(tables: Sequence[Sequence[np.ndarray]], weights: Sequence[float]) -> tuple[np.ndarray, ...] | None:
+    """What several rewards say together, by side: the weighted mean of z-scores on the base. None where none has a weight.
+
+    tables: of each reward, every side's scores [P, S], the base first. weights: of each; below 0 turns one round, 0 leaves it
+    out, and they are divided by the sum of their sizes. A reward that is alone keeps its own unit.
+    """
+    used = [(table, weight) for table, weight in zip(tables, weights, strict=True) if weight]
+    if len(used) == 1:
+        return tuple(np.sign(used[0][1]) * scores for scores in used[0][0])
+    total = sum(abs(weight) for _, weight in used)
+    parts = [[weight / total * scores for scores in _standardised(table)] for table, weight in used]
+    return tuple(sum(side) for side in zip(*parts)) or None
+
+
+def _standardised(scores: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """[P, S] by side, the base first, in standard deviations of the base's."""
+    base = scores[0].astype(np.float64)
+    known = np.isfinite(base).any()
+    mean, spread = (np.nanmean(base), np.nanstd(base)) if known else (0.0, 1.0)
+    return [(values - mean) / (spread if spread > 0 else 1.0) for values in scores]
+
+
 def alarm_of(base: Side, side: Side, *, training: tuple[np.ndarray, np.ndarray] | None = None,
-             held_out: bool = False) -> Alarm:
+             held_out: bool = False, limits: Limits | None = None) -> Alarm:
     """What the alarm says of a side. training: both sides' scores [P, S] by what was optimised. held_out: whether ``scores``
     are of a judge that was not trained on. Statistics that were measured of neither side are left out.
     """
     known = np.isfinite(base.statistics).any((1, 2)) & np.isfinite(side.statistics).any((1, 2))
     spread = np.stack([base.spread, side.spread])
     return alarm(np.stack([base.statistics, side.statistics])[:, known], names=[n for n, k in zip(LOOKS, known) if k],
+                 limits=limits,
                  training=None if training is None else np.stack(training),
                  judge=np.stack([base.scores, side.scores]) if held_out and np.isfinite(base.scores).any() else None,
                  diversity=None if np.isnan(spread).all() else spread)

@@ -72,7 +72,8 @@ class Rewriter:
 
     def identity(self) -> dict[str, Any]:
         """JSON-ready facts that decide its answers."""
-        return {"model": sha256(folder_weights(self.folder, self.pretrained_model_name_or_path)),
+        words = [file for pattern in TOKENIZER for file in self.folder.glob(pattern)]
+        return {"model": sha256([*folder_weights(self.folder, self.pretrained_model_name_or_path), *words]),
                 "instruction": self.instruction, "max_new_tokens": self.max_new_tokens, "temperature": self.temperature,
                 "top_k": self.top_k, "top_p": self.top_p, "dtype": self.dtype}
 

@@ -34,6 +34,23 @@ def trl() -> Any:
     return library
 
 
+@contextmanager
+def _quietly():
+    """Without the bars that datasets shows for each step of the preparation, and without notices of coming versions."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@_quietly()
 def sft(source: Rewriter, rows: Sequence[dict], spec: Tuning, folder: Path, *, seed: int, cpu: bool) -> dict[str, Any]:
     """rows: prompt and completion -> ``folder``/model, the merged model. Goes on from TRL's last checkpoint if there is one.
     Returns facts. Raises UserError children.
@@ -45,6 +62,7 @@ def sft(source: Rewriter, rows: Sequence[dict], spec: Tuning, folder: Path, *, s
     return _train(library.SFTTrainer, options, source, table, spec, folder)
 
 
+@_quietly()
 def dpo(source: Rewriter, rows: Sequence[dict], spec: DpoSpec, folder: Path, *, seed: int, cpu: bool) -> dict[str, Any]:
     """rows: prompt, chosen and rejected; else as ``sft``. The reference is ``source``."""
     library = trl()
@@ -88,13 +106,11 @@ def _train(trainer_class: Callable, options: Any, source: Rewriter, table: list[
                       target_modules=list(spec.lora.target_modules), task_type="CAUSAL_LM")
     _check_layers(model, spec, source)
     _check_tokens(tokenizer, table)
-    with _quietly():
-        trainer = trainer_class(model=model, args=options, train_dataset=Dataset.from_list(table), processing_class=tokenizer,
-                                peft_config=lora)
+    trainer = trainer_class(model=model, args=options, train_dataset=Dataset.from_list(table), processing_class=tokenizer,
+                            peft_config=lora)
     trainer.remove_callback(PrinterCallback)  # what it would print is in stage.json
     last = get_last_checkpoint(options.output_dir) if Path(options.output_dir).is_dir() else None
-    with _quietly():
-        result = trainer.train(resume_from_checkpoint=last)
+    result = trainer.train(resume_from_checkpoint=last)
     if trainer.accelerator.is_main_process:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         merged.config.pad_token_id, merged.generation_config.pad_token_id = before["pad_token_id"], before["generation"]
@@ -135,19 +151,3 @@ def _save(model: Any, source: Rewriter, folder: Path) -> None:
             shutil.copyfile(file, aside / file.name)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
-
-
-@contextmanager
-def _quietly():
-    """Without the bars that datasets shows for each step of the preparation, and without notices of coming versions."""
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled() if hasattr(datasets, "is_progress_bar_enabled") else True
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import BestWorst
+from ..objectives.pairs import beside
 from ..types import Batch, Estimate
 
 BINS = 5
@@ -19,10 +20,12 @@ def health(est: Estimate, batch: Batch) -> dict[str, Tensor]:
     side better: DPO often "wins" by ruining losers, which shows as both changes rising while the margin grows.
     """
     with torch.no_grad():
-        b, w, l = BestWorst()(batch)
-        if batch.soft is not None:  # without soft labels, BestWorst pairs no ties
-            decided = (batch.utility[b, w] > batch.utility[b, l]).nonzero().squeeze(1)
+        labels = batch.labels
+        b, w, l = BestWorst()(labels)
+        if labels.soft is not None:  # without soft labels, BestWorst pairs no ties
+            decided = (labels.utility[b, w] > labels.utility[b, l]).nonzero().squeeze(1)
             b, w, l = b[decided], w[decided], l[decided]
+        b, w, l = beside(batch, b, w, l)
         margin = est.log_ratio[b, w] - est.log_ratio[b, l]
         accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
         metrics = {"margin": margin, "accuracy": accuracy, "win_error": est.error[b, w], "lose_error": est.error[b, l]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -57,6 +58,8 @@ class Adapter:
     texts: ClassVar[tuple[str, ...]]        # text encoders and tokenizers that the pipeline cannot do without
     lora_targets: ClassVar[tuple[str, ...]]
     pooled_is_projected: ClassVar[bool]     # whether the pooled prompt has gone through the encoder's CLIP projection
+    hollow: ClassVar[bool] = False          # whether the pipeline cannot be built without a denoiser, be it an empty one
+    audio: ClassVar[bool] = False           # whether latents [C, L] are of sound
     kohya_prefix: ClassVar[str]             # goes before LoRA keys into convert_state_dict_to_kohya: "unet" for lora_unet_
     kohya_metadata: ClassVar[dict[str, str]]
 
@@ -87,6 +90,24 @@ def unwrap(module: nn.Module) -> Any:
         if not isinstance(inner, nn.Module):
             return module
         module = inner
+
+
+def compile_blocks(denoiser: Denoiser, attempt: Callable[[], object], **options) -> str | None:
+    """Compile the blocks that diffusers calls repeated, where they stand: names and state stay what they were.
+
+    attempt: a pass like those of the run, which makes the compiler work. Returns why the blocks run as before, or None.
+    Whatever fails to compile later runs uncompiled as well. options: of ``torch.compile``.
+    """
+    module = unwrap(denoiser.module)
+    try:
+        module.compile_repeated_blocks(**options)
+        attempt()
+    except Exception as error:  # compilers fail in many ways, and none of them is a reason to stop
+        for layer in module.modules():
+            layer._compiled_call_impl = None
+        return " ".join(str(error).split("\n")[:2]).strip()[:200] or type(error).__name__  # dynamo's first line only says who
+    torch._dynamo.config.suppress_errors = True
+    return None
 
 
 def enable_gradient_checkpointing(denoiser: Denoiser) -> None:

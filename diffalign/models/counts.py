@@ -6,9 +6,14 @@ Nothing is computed: the denoiser lies on the meta device (``published.on_meta``
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from ..types import Cond
 from .base import Denoiser, unwrap
@@ -47,15 +52,20 @@ def flops(denoiser: Denoiser, rows: int, height: int, width: int) -> tuple[int, 
     return forward, counter.get_total_flops()
 
 
+def operations(run: Callable[[], object]) -> int:
+    """What ``flops`` counts, of any call, without gradients."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
 def saved_bytes(denoiser: Denoiser, rows: int, height: int, width: int, *, dtype: torch.dtype) -> int:
     """What one training pass of N rows keeps in memory for its backward, with fused attention. dtype: of autocast.
 
     Weights are not counted, their casts are. By the rules of autocast on the CPU: on CUDA it computes norms in float32.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    denoiser = copy.copy(denoiser)
-    denoiser.module = copy.deepcopy(unwrap(denoiser.module))
     kept: dict[int, tuple] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -63,13 +73,59 @@ def saved_bytes(denoiser: Denoiser, rows: int, height: int, width: int, *, dtype
         kept.setdefault(storage._cdata, (storage, storage.nbytes()))  # held, so that no other gets its number
         return x
 
-    with FakeTensorMode():  # of the CPU, where meta tensors would have no fused attention
-        _imitate(denoiser.module)
-        own = {p.untyped_storage()._cdata for p in denoiser.module.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), \
-                torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with _imitated(denoiser, dtype) as denoiser:
+        own = {p.untyped_storage()._cdata for p in unwrap(denoiser.module).parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             denoiser(*inputs(denoiser, rows, height, width, device="cpu"))
     return sum(size for number, (_, size) in kept.items() if number not in own)
+
+
+@contextmanager
+def _imitated(denoiser: Denoiser, dtype: torch.dtype):
+    """A fake copy of the denoiser, under autocast. On the CPU: meta tensors would have no fused attention."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    denoiser = copy.copy(denoiser)
+    denoiser.module = copy.deepcopy(unwrap(denoiser.module))
+    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        _imitate(denoiser.module)
+        yield denoiser
+
+
+def peak_bytes(denoiser: Denoiser, rows: int, height: int, width: int, *, dtype: torch.dtype) -> int:
+    """The most that one training pass of N rows and its backward hold at once, beside weights and their gradients (which are
+    there before, as when gradients are accumulated), with fused attention. dtype: of autocast. Allocators add to it.
+    """
+    with _imitated(denoiser, dtype) as denoiser:
+        held = list(unwrap(denoiser.module).parameters())
+        for p in held:
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        with _Peak([*held, *(p.grad for p in held if p.grad is not None)]) as tracker:
+            denoiser(*inputs(denoiser, rows, height, width, device="cpu")).float().square().mean().backward()
+    return tracker.peak
+
+
+class _Peak(TorchDispatchMode):
+    """Adds up the storages that operations make, for as long as somebody holds them. known: tensors that don't count."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = weakref.WeakSet(x.untyped_storage() for x in known)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_iter(result):
+            if isinstance(x, Tensor) and x.untyped_storage() not in self._seen:
+                storage = x.untyped_storage()
+                self._seen.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def _imitate(module: nn.Module) -> None:

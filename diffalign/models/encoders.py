@@ -16,8 +16,8 @@ class EncoderFacts:
     """What is known of the encoders without loading them (``load.encoder_facts``).
 
     spatial_factor: pixels per latent number and axis. latent_channels: C. default_resolution: pixels, the denoiser's own.
-    scaling_factor, shift_factor: of the VAE's configuration. identity: {"vae": hash, "text": hash} of weights, configurations
-    and tokenizers, for the cache key.
+    Of audio these are samples: per latent number, and of a whole clip. scaling_factor, shift_factor: of the VAE's
+    configuration. identity: {"vae": hash, "text": hash} of weights, configurations and tokenizers, for the cache key.
     """
 
     family: str
@@ -41,7 +41,9 @@ class Encoders(EncoderFacts):
         return self.pipe.vae.device
 
     def to(self, device) -> Encoders:
-        self.pipe.to(device)
+        for part in vars(self.pipe).values():  # all but the denoiser, which may be an empty one
+            if isinstance(part, torch.nn.Module) and part is not getattr(self.pipe, self.adapter.component):
+                part.to(device)
         return self
 
     @torch.no_grad()
@@ -82,7 +84,7 @@ class Encoders(EncoderFacts):
         if mean is not None and std is not None:
             mean, std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (mean, std))
             return mean, config.scaling_factor / std
-        return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+        return getattr(config, "shift_factor", None) or 0.0, getattr(config, "scaling_factor", 1.0)
 
     def _float32(self):
         """Encoding is done once and read many times, so not in half precision (SDXL's VAE overflows in fp16)."""

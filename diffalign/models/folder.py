@@ -15,9 +15,10 @@ from typing import Any
 
 from ..errors import ModelError
 
-LIBRARIES = ("diffusers", "transformers")
-WEIGHTED = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+LIBRARIES = ("diffusers", "transformers", "stable_audio")  # the last: a folder of diffusers' own pipelines
+WEIGHTED = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "projection_model")
+TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3",
+        "projection_model")
 # parts of a pipeline that this package never loads
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")

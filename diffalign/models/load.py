@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shutil
@@ -16,12 +18,14 @@ import torch
 
 from .. import _compat  # noqa: F401  (before diffusers)
 from ..errors import ModelError, first_line
+from .audio_dit import StableAudio
 from .base import Adapter, Denoiser, unwrap
 from .dit import SD3
 from .encoders import EncoderFacts, Encoders
 from .folder import (
     IGNORED,
     TEXT,
+    WEIGHTED,
     Folder,
     check_components,
     check_weights,
@@ -39,7 +43,7 @@ from .unet import SD, SDXL
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-FAMILIES: dict[str, type[Adapter]] = {"sd": SD, "sdxl": SDXL, "sd3": SD3}
+FAMILIES: dict[str, type[Adapter]] = {"sd": SD, "sdxl": SDXL, "sd3": SD3, "stable_audio": StableAudio}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -58,6 +62,8 @@ def load_pipeline(spec: ModelSpec, *, parts: Literal["all", "encoders"] = "all")
         absent["requires_safety_checker"] = False
     if parts == "encoders":
         absent[adapter.component] = None
+        if adapter.hollow:  # nor is there a need for a solver, which may want a library of its own
+            absent |= {adapter.component: _hollow(folder, adapter), "scheduler": None}
     if spec.pretrained_vae_model_name_or_path:
         absent["vae"] = _load_vae(spec)
     with loading(folder.name):
@@ -71,13 +77,21 @@ def load_pipeline(spec: ModelSpec, *, parts: Literal["all", "encoders"] = "all")
     return pipe
 
 
+def _hollow(folder: Folder, adapter: type[Adapter]) -> torch.nn.Module:
+    """The denoiser without its weights: a pipeline may ask it for its sizes."""
+    import diffusers
+
+    with loading(folder.name), torch.device("meta"):
+        return getattr(diffusers, adapter.module_class).from_config(folder.config(adapter.component))
+
+
 def load_encoders(spec: ModelSpec, device: str | torch.device = "cpu") -> Encoders:
     """VAE and text encoders, float32. Raises ModelError."""
     facts, (folder, adapter) = encoder_facts(spec), inspect(spec)
     pipe = load_pipeline(spec, parts="encoders")
-    # encode_prompt may ask the denoiser for its sizes, never for its weights
-    config = SimpleNamespace(**folder.config(adapter.component))
-    setattr(pipe, adapter.component, SimpleNamespace(config=config, dtype=torch.float32))
+    if not adapter.hollow:  # encode_prompt may ask the denoiser for its sizes, never for its weights
+        config = SimpleNamespace(**folder.config(adapter.component))
+        setattr(pipe, adapter.component, SimpleNamespace(config=config, dtype=torch.float32))
     return Encoders(pipe=pipe, adapter=adapter, **vars(facts)).to(device)
 
 
@@ -86,13 +100,14 @@ def encoder_facts(spec: ModelSpec) -> EncoderFacts:
     folder, adapter = inspect(spec)
     check_components(folder, _encoder_parts(folder))
     vae = read_json(_vae_files(spec, folder)[0], folder.name)
-    factor = 2 ** (len(vae.get("block_out_channels") or [64]) - 1)
+    factor = math.prod(vae.get("downsampling_ratios") or [2] * (len(vae.get("block_out_channels") or [64]) - 1))
     size = folder.config(adapter.component).get("sample_size") or 64
     sides = size if isinstance(size, list) else [size]
     _check_positive(folder, f"{adapter.component}/config.json: sample_size", *sides)
     _check_positive(folder, "the VAE's config.json: scaling_factor", vae.get("scaling_factor", 1.0))
     return EncoderFacts(
-        family=adapter.family, spatial_factor=factor, latent_channels=vae.get("latent_channels", 4),
+        family=adapter.family, spatial_factor=factor,
+        latent_channels=vae.get("latent_channels", vae.get("decoder_input_channels", 4)),
         default_resolution=factor * min(sides), scaling_factor=vae.get("scaling_factor", 1.0),
         shift_factor=vae.get("shift_factor"), identity=_encoder_identity(spec, folder))
 
@@ -164,11 +179,21 @@ def save_pipeline(spec: ModelSpec, denoiser: Denoiser, folder: Path | str) -> Pa
     aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         pipe.save_pretrained(aside, safe_serialization=True)
+        if pipe.scheduler is None:
+            _add_scheduler(aside, inspect(spec)[0])
         aside.rename(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return folder
+
+
+def _add_scheduler(saved: Path, base: Folder) -> None:
+    """The base's own, as files: it was not loaded."""
+    shutil.copytree(base.path / "scheduler", saved / "scheduler")
+    index = read_json(saved / "model_index.json", saved.name)
+    index["scheduler"] = base.index["scheduler"]
+    (saved / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def inspect(spec: ModelSpec) -> tuple[Folder, type[Adapter]]:
@@ -210,7 +235,7 @@ def _encoder_identity(spec: ModelSpec, folder: Folder) -> dict[str, str]:
     """Weights of the chosen variant, and every small file (configurations, vocabularies) beside them."""
     def files(part: str) -> list[Path]:
         small = [f for f in (folder.path / part).iterdir() if f.suffix in (".json", ".txt", ".model")]
-        return [*small, *(folder.weights(part) if part.startswith("text_encoder") else [])]
+        return [*small, *(folder.weights(part) if part in WEIGHTED else [])]
 
     text = [file for part in TEXT if part in folder.components for file in files(part)]
     # whether "no prompt" means zeros is written in the pipeline's index
@@ -262,6 +287,18 @@ def _resolve(spec: ModelSpec) -> Path:
     parts = read_folder(download(name, spec.revision, ["model_index.json"]), name).components
     patterns = [f"{part}/*{end}" for part in parts for end in (".json", ".txt", ".model", *_weight_patterns(spec.variant))]
     return download(name, spec.revision, ["model_index.json", *patterns])
+
+
+def folder_of(spec: ModelSpec, patterns: list[str]) -> Path:
+    """A language model's folder; of a hub id the files of these patterns are downloaded, or found in the cache. Raises
+    ModelError."""
+    name = spec.pretrained_model_name_or_path
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
+        return path
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"{name}: no such folder (and not a hub id of the form owner/name)")
+    return download(name, spec.revision, patterns)
 
 
 def _weight_patterns(variant: str | None) -> tuple[str, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from .. import _compat  # noqa: F401  (before diffusers)
 from ..errors import ConfigError, ModelError
 from .base import Denoiser, unwrap
 from .folder import check_weights
-from .spec import LoRA
+from .spec import PEFT, LoRA
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -43,7 +44,7 @@ def attach(denoiser: Denoiser, lora: LoRA, *, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            module.add_adapter(config, adapter_name=ADAPTER)
+            _add(module, config)
         except ValueError as error:
             raise ConfigError(f"model.lora.target_modules: {targets} cannot all carry a LoRA ({str(error).splitlines()[0]}); "
                               f"the family's default is {list(denoiser.lora_targets)}") from error
@@ -51,6 +52,16 @@ def attach(denoiser: Denoiser, lora: LoRA, *, seed: int) -> None:
         parameter.data = parameter.data.float()
     for layer in adapter_layers(module):  # peft would cast inputs to float32 and autocast back: copies for every layer
         layer.cast_input_dtype_enabled = False
+
+
+def _add(module: nn.Module, config) -> None:
+    if hasattr(module, "add_adapter"):
+        return module.add_adapter(config, adapter_name=ADAPTER)
+    from peft import inject_adapter_in_model  # some diffusers models lack the method (StableAudioDiTModel)
+
+    inject_adapter_in_model(config, module, ADAPTER)
+    module.peft_config = {ADAPTER: config}
+    return None
 
 
 def _check_targets(denoiser: Denoiser, targets: list[str]) -> None:
@@ -152,6 +163,22 @@ def save_lora(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str], 
 def rank_and_alpha(denoiser: Denoiser) -> tuple[int, float]:
     config = unwrap(denoiser.module).peft_config[ADAPTER]
     return config.r, float(config.lora_alpha)
+
+
+def write_peft(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str],
+               named: Callable[[str], str] = str) -> None:
+    """adapter_model.safetensors and adapter_config.json, as ``PeftModel.from_pretrained(model, folder)`` reads them, ``rank``
+    and ``alpha`` as trained. named: a weight's name in that model.
+    """
+    folder, (rank, alpha) = Path(folder), rank_and_alpha(denoiser)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {f"base_model.model.{named(name)}": x for name, x in lora_state(denoiser).items()}
+    layers = [name.split(".lora_")[0].rsplit(".", 2)[1:] for name in state]
+    targets = sorted({".".join(path) if path[-1].isdigit() else path[-1] for path in layers})  # "to_out.0", not "0"
+    config = {"peft_type": "LORA", "task_type": None, "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+              "target_modules": targets, "base_model_name_or_path": None, "inference_mode": True}
+    write_tensors(folder / PEFT, state, {**metadata, "format": "pt", "rank": str(rank)})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def kohya_layout(denoiser: Denoiser, state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

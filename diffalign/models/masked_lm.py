@@ -8,7 +8,6 @@ LLaDA checkpoint is read. Names and options follow LLaDA's published modeling fi
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -30,8 +29,8 @@ from ..errors import DataError, ModelError
 from ..process import Masking
 from ..types import Cond
 from .folder import check_weights, content, digest, read_json, weight_files
-from .load import download, loading
-from .lora import lora_state, rank_and_alpha, write_tensors
+from .load import folder_of, loading
+from .lora import write_peft, write_tensors
 from .spec import LANGUAGE_MODEL, ModelSpec
 
 MODEL_TYPE = "llada"
@@ -112,17 +111,8 @@ class LLaDA:
         return ()
 
     def save_lora(self, folder: Path | str, metadata: dict[str, str]) -> None:
-        """adapter_model.safetensors and adapter_config.json, as ``PeftModel.from_pretrained(LLaDA's own model, folder)`` reads
-        them: layers by LLaDA's names, ``rank`` and ``alpha`` as trained.
-        """
-        folder, (rank, alpha) = Path(folder), rank_and_alpha(self)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {f"base_model.model.{_theirs(name)}": x for name, x in lora_state(self).items()}
-        targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in state})
-        config = {"peft_type": "LORA", "task_type": None, "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
-                  "target_modules": targets, "base_model_name_or_path": None, "inference_mode": True}
-        write_tensors(folder / "adapter_model.safetensors", state, {**metadata, "format": "pt", "rank": str(rank)})
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        """As ``PeftModel.from_pretrained(LLaDA's own model, folder)`` reads it: layers by LLaDA's names."""
+        write_peft(self, folder, metadata, _theirs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,11 +205,7 @@ def model_identity(spec: ModelSpec) -> str:
 def inspect(spec: ModelSpec) -> tuple[Path, dict[str, Any]]:
     """The folder and its config.json, checked against what Llama can carry. Raises ModelError."""
     name = spec.pretrained_model_name_or_path
-    path = Path(os.path.expanduser(name))
-    if not os.path.isdir(path):
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-            raise ModelError(f"{name}: no such folder (and not a hub id of the form owner/name)")
-        path = download(name, spec.revision, ["config.json", "model*.safetensors", *FILES])
+    path = folder_of(spec, ["config.json", "model*.safetensors", *FILES])
     if (path / "model_index.json").is_file():
         raise ModelError(f"{name}: is a diffusers pipeline, which draws pictures; likelihood.kind=masked trains a masked "
                          "diffusion language model")

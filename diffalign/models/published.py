@@ -1,6 +1,7 @@
 """Published configurations, to build a full-size model without a download: what differs from the classes' defaults.
 
-SDXL: stabilityai/stable-diffusion-xl-base-1.0. SD35_MEDIUM: the transformer of stabilityai/stable-diffusion-3.5-medium.
+Of stable-diffusion-v1-5/stable-diffusion-v1-5, stabilityai/stable-diffusion-xl-base-1.0 and the transformer of
+stabilityai/stable-diffusion-3.5-medium; `MODELS` finds them by their ids.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import torch
 from .base import Adapter
 from .load import FAMILIES
 
+SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SD15_SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+                  "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
 SDXL_UNET = {
     "sample_size": 128, "block_out_channels": [320, 640, 1280], "layers_per_block": 2, "cross_attention_dim": 2048,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -37,6 +41,12 @@ SD35_MEDIUM = {
     "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm",
 }
 SD35_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+
+MODELS: dict[str, tuple[str, dict, dict]] = {  # hub id -> family, denoiser's and scheduler's configuration
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("sd", SD15_UNET, SD15_SCHEDULER),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("sdxl", SDXL_UNET, SDXL_SCHEDULER),
+    "stabilityai/stable-diffusion-3.5-medium": ("sd3", SD35_MEDIUM, SD35_SCHEDULER),
+}
 
 
 def on_meta(family: str, config: dict[str, Any], scheduler: dict[str, Any], dtype: torch.dtype = torch.float32) -> Adapter:

@@ -7,6 +7,7 @@ from typing import Literal
 
 LATENT_REWARD = "latent_reward"  # folder of a latent reward model in its run's output_dir
 LANGUAGE_MODEL = "model"  # folder of a fully fine-tuned language model in its run's output_dir
+PEFT = "adapter_model.safetensors"  # a LoRA in peft's own layout
 LARGEST_RANK = 2**14  # above the width of every layer known: more adds nothing
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -200,6 +200,13 @@ class WeightBank:
         """The same names, in the module that is there now."""
         parameters = dict(self._bare.named_parameters())
         self._trainable = {name: parameters[name] for name in self._trainable}
+
+    def copies(self) -> Iterator[Tensor]:
+        """The tensors of the weight sets beside the one that is trained."""
+        if self._frozen is not None:
+            yield from self._frozen.parameters()
+        for tensors in self._moved:
+            yield from tensors.values()
 
     # moving sets
 

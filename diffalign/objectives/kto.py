@@ -62,10 +62,11 @@ class KTO:
         weight = torch.where(liked, self.desirable, self.undesirable).to(gain.dtype) * valid
         s = sign * self.beta * (gain - z)
         count = valid.sum(1).clamp(min=1)
+        logit = s.detach()
+        figures = {"logit": logit, "saturated": logit.abs() > 5, "accuracy": logit > 0}
         return Loss(per_group=(weight * (1 - self._utility(s))).sum(1) / count,
-                    metrics={"logit": s.detach()[valid], "saturated": (s.detach()[valid].abs() > 5).float(),
-                             "accuracy": (s.detach()[valid] > 0).float()},
-                    observed={BASELINE: (gain.detach()[valid].sum(), valid.sum())})
+                    metrics={name: torch.where(valid, value.float(), torch.nan) for name, value in figures.items()},
+                    observed={BASELINE: (torch.where(valid, gain.detach(), 0.0).sum(), valid.sum())})
 
     def _utility(self, s: Tensor) -> Tensor:
         if self.utility == "sigmoid":

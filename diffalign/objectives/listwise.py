@@ -16,8 +16,8 @@ def _scores(est: Estimate, batch: Batch, beta: float) -> Tensor:
 
 
 def _logits(scores: Tensor) -> dict[str, Tensor]:
-    finite = scores.detach()[scores.detach().isfinite()]
-    return {"logit": finite, "saturated": (finite.abs() > 5).float()}
+    finite = torch.where(scores.isfinite(), scores, torch.nan).detach()
+    return {"logit": finite, "saturated": torch.where(finite.isnan(), torch.nan, (finite.abs() > 5).float())}
 
 
 @dataclass(frozen=True, kw_only=True)

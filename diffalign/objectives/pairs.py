@@ -1,6 +1,7 @@
 """Which candidates of a group are compared. __call__(batch) -> group, winner, loser: [P] int64 each.
 
-Invalid candidates give no pair; nor do ties, except that BestWorst keeps them when the batch brings soft labels.
+Invalid candidates give no pair; nor do ties, except that BestWorst keeps them when the batch brings soft labels. The number
+of pairs depends on the labels, so it is asked of their copy on the CPU: a device would have to be waited for.
 """
 
 from __future__ import annotations
@@ -13,11 +14,19 @@ from torch import Tensor
 from ..types import Batch
 
 
+def beside(batch: Batch, *indices: Tensor) -> tuple[Tensor, ...]:
+    """Indices on the batch's device, without waiting."""
+    return tuple(index.to(batch.utility.device, non_blocking=True) for index in indices)
+
+
 @dataclass(frozen=True)
 class BestWorst:
     """The best against the worst valid candidate of each group; for a pair, the pair."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return beside(batch, *self._of(batch.labels))
+
+    def _of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         best = batch.utility.masked_fill(~batch.valid, -torch.inf).max(1)
         worst = batch.utility.masked_fill(~batch.valid, torch.inf).min(1)
         several, differ = batch.valid.sum(1) >= 2, best.values > worst.values
@@ -35,9 +44,10 @@ class AllPairs:
     """Every ordered pair of valid candidates with unlike utility."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        above = batch.utility[:, :, None] > batch.utility[:, None, :]
-        both = batch.valid[:, :, None] & batch.valid[:, None, :]
-        return (above & both).nonzero(as_tuple=True)
+        utility, valid = batch.labels.utility, batch.labels.valid
+        above = utility[:, :, None] > utility[:, None, :]
+        both = valid[:, :, None] & valid[:, None, :]
+        return beside(batch, *(above & both).nonzero(as_tuple=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +65,9 @@ class EasyToHard:
             raise ValueError(f"stage must be at least 1 group, got {self.stage}")
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return beside(batch, *self._of(batch.labels))
+
+    def _of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         if batch.place is None:
             raise ValueError("a curriculum needs the groups' places in the run, and this batch has none")
         order = batch.utility.masked_fill(~batch.valid, -torch.inf).argsort(dim=1, descending=True, stable=True)

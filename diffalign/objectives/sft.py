@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..types import Batch, Estimate, Loss, Memory
+from .pairs import beside
 
 
 def winners(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,12 +16,12 @@ def winners(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     A candidate that is alone must be liked (utility above 0); of several one must be better than another, since the first of
     a tie has won nothing.
     """
-    score = batch.utility.masked_fill(~batch.valid, -torch.inf)
-    best = score.max(1)
-    low = batch.utility.masked_fill(~batch.valid, torch.inf).min(1).values
-    alone = batch.valid.sum(1) == 1
+    utility, valid = batch.labels.utility, batch.labels.valid
+    best = utility.masked_fill(~valid, -torch.inf).max(1)
+    low = utility.masked_fill(~valid, torch.inf).min(1).values
+    alone = valid.sum(1) == 1
     group = torch.where(alone, best.values > 0, best.values > low).nonzero().squeeze(1)
-    return group, best.indices[group]
+    return beside(batch, group, best.indices[group])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -105,4 +106,32 @@ class RectifiedFlow(_Gaussian):
         return self.snap((torch.arange(self.steps) + 0.5) / self.steps)
 
 
-Process = VariancePreserving | RectifiedFlow
+@dataclass(frozen=True, eq=False)
+class Trigonometric(_Gaussian):
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2), continuous t (Stable Audio; Salimans & Ho 2022). The noise level of its
+    scheduler is sigma / alpha, which runs to infinity at t = 1; times are kept inside [t_min, 1 - t_min].
+    """
+
+    t_min: float = 1e-3
+    steps: int = field(default=1000)
+
+    def snap(self, t: Tensor) -> Tensor:
+        return t.float().clamp(self.t_min, 1 - self.t_min)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the denoiser is told: [N] float32, t itself."""
+        return t.float()
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        angle = t.double() * (math.pi / 2)
+        return angle.cos().float(), angle.sin().float()
+
+    def elbo_weight(self, t: Tensor) -> Tensor:
+        """W(t) = -lambda'/2 = pi / sin(pi t) for the squared error of the noise; lambda = -2 log tan(pi t/2): [N] float32."""
+        return math.pi / torch.sin(math.pi * self.snap(t))
+
+    def grid(self) -> Tensor:
+        return self.snap((torch.arange(self.steps) + 0.5) / self.steps)
+
+
+Process = VariancePreserving | RectifiedFlow | Trigonometric

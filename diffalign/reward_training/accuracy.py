@@ -34,6 +34,20 @@ def accuracy(margins: np.ndarray, target: np.ndarray, groups: Sequence[Hashable]
     prompt (or user) of each pair. A margin of NaN counts as a predicted tie: not scored is not right. Raises ValueError when
     every pair is a tie.
     """
+    target = np.asarray(target, np.float64)
+    decided = target != 0.5
+    shares = prompt_shares(margins, target, groups)
+    low, high = bootstrap(shares[None], seed=seed, resamples=RESAMPLES)[0]
+    if np.ptp(shares) == 0:  # resampling shows no spread at all, which is not certainty
+        low, high = wilson(float(shares[0]), len(shares))
+    return Accuracy(value=float(shares.mean()), low=low, high=high, pairs=int(decided.sum()), prompts=len(shares),
+                    labelled_ties=int((~decided).sum()))
+
+
+def prompt_shares(margins: np.ndarray, target: np.ndarray, groups: Sequence[Hashable]) -> np.ndarray:
+    """Share of the pairs ordered as labelled, of each prompt with a decided pair, in sorted order, [prompts]. Arguments and
+    error as in ``accuracy``.
+    """
     margins, target, groups = np.asarray(margins, np.float64), np.asarray(target, np.float64), np.asarray(groups)
     decided = target != 0.5
     if not decided.any():
@@ -41,12 +55,7 @@ def accuracy(margins: np.ndarray, target: np.ndarray, groups: Sequence[Hashable]
     side = np.where(target > 0.5, margins, -margins)[decided]
     right = np.where(np.isnan(side) | (abs(side) < TIE), 0.5, side > 0)
     _, number = np.unique(groups[decided], return_inverse=True)
-    shares = np.bincount(number, right) / np.bincount(number)  # [prompts]
-    low, high = bootstrap(shares[None], seed=seed, resamples=RESAMPLES)[0]
-    if np.ptp(shares) == 0:  # resampling shows no spread at all, which is not certainty
-        low, high = wilson(float(shares[0]), len(shares))
-    return Accuracy(value=float(shares.mean()), low=low, high=high, pairs=int(decided.sum()), prompts=len(shares),
-                    labelled_ties=int((~decided).sum()))
+    return np.bincount(number, right) / np.bincount(number)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..data.columns import Tally, has_validation, nothing_left
+from ..data.spec import DataSpec
 from ..errors import ConfigError, DataError, ModelError, ResourceError
 from ..evaluate.files import clean, write_json
+from ..models.load import encoder_facts
 from ..rewards.backbone import Backbone, check_backbone, load_backbone
 from ..rewards.base import Reward, check, judged
 from ..rewards.heads import LOSSES
@@ -40,6 +42,8 @@ def check_recipe(recipe: RewardRecipe) -> None:
     """Raises a UserError for what is wrong before anything is loaded or read."""
     on_device(recipe.device)
     check_backbone(_source(recipe))
+    if recipe.steps is not None:
+        encoder_facts(recipe.steps.model)
     for reward in recipe.compare:
         check(reward)
     if recipe.data.layout in ("prompts", "unpaired"):
@@ -279,15 +283,21 @@ class Trainer:
 
     def _compared(self, reward: Reward, groups: list) -> dict:
         """Another reward's agreement with the labels of the same pairs."""
-        margins = np.zeros(len(self.held))
-        for rows in _chunks(np.arange(len(self.held)), self.recipe.encode_batch_size):
-            sides = []
-            for side in (self.held.first, self.held.second):
-                images = list(decoded([self.held.pictures[i] for i in side[rows]], self.recipe.data, Tally()))
-                columns = {"user": [self.held.users[i] for i in rows]}
-                sides.append(judged(reward, images, [self.held.prompts[i] for i in self.held.prompt[rows]], columns))
-            margins[rows] = (sides[0] - sides[1]).numpy()
+        margins = margins_of(reward, self.held, self.recipe.data, self.recipe.encode_batch_size)
         return asdict(accuracy(margins, self.held.target, groups, seed=self.recipe.seed))
+
+
+def margins_of(reward: Reward, pairs: Pairs, spec: DataSpec, batch_size: int = 64) -> np.ndarray:
+    """Any reward's score of the first minus of the second picture, [P] float64; NaN where one could not be scored."""
+    margins = np.zeros(len(pairs))
+    for rows in _chunks(np.arange(len(pairs)), batch_size):
+        sides = []
+        for side in (pairs.first, pairs.second):
+            images = list(decoded([pairs.pictures[i] for i in side[rows]], spec, Tally()))
+            columns = {"user": [pairs.users[i] for i in rows]}
+            sides.append(judged(reward, images, [pairs.prompts[i] for i in pairs.prompt[rows]], columns))
+        margins[rows] = (sides[0] - sides[1]).numpy()
+    return margins
 
 
 class Frozen:

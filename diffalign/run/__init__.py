@@ -3,6 +3,7 @@
 from .arena import arena
 from .build import build
 from .evaluate import evaluate, grid
+from .plan import plan
 from .prepare import check, encode
 from .prompts import prompts
 from .rich import rich
@@ -11,5 +12,5 @@ from .train import train
 from .train_reward import train_reward
 from .words import LORA_FILE
 
-__all__ = ["LORA_FILE", "arena", "build", "check", "encode", "evaluate", "grid", "prompts", "rich", "score", "train",
+__all__ = ["LORA_FILE", "arena", "build", "check", "encode", "evaluate", "grid", "plan", "prompts", "rich", "score", "train",
            "train_reward"]

@@ -12,27 +12,25 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .. import rng
-from ..config import Evaluation, Recipe, as_tree, dump, load_reward, load_utility
+from ..config import Evaluation, Recipe, as_tree, dump, load_recipe
 from ..data.prompts import read_prompts
-from ..data.sources import Online
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError
 from ..evaluate.card import write_card
 from ..evaluate.compare import Comparison, compare
 from ..evaluate.files import write
 from ..evaluate.report import Run, write_gallery, write_grids, write_report
 from ..models.load import model_identity
-from ..rewards import Reward
 from ..train import make_accelerator
 from ..train.checkpoint import check_writable, claimed
 from ..train.spec import TrainSpec
 from ..world import on_first, world_of
 from . import parts
 from .entrants import Entrants
-from .words import SUMMARY, Printer, run_of, silent
+from .optimised import training_rewards
+from .words import SUMMARY, TRAINED, Printer, run_of, silent
 
 FACTS = ("base", "pairs", "step", "seconds", "wall_seconds", "heldout")  # of train.json, needed by a report
 RESOLVED = "evaluation.resolved.yaml"  # the recipe with its overrides: what repeats the evaluation
-BUILT = "build.json"  # beside a data set that ``diffalign build`` made
 
 
 def evaluate(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
@@ -124,46 +122,25 @@ def _compare(recipe: Recipe | Evaluation, entrants: Entrants, accelerator, rows_
         texts, categories = [texts[i] for i in rows], None
     told = "\n".join(prompts.texts).encode()
     facts = {"prompts": {"path": spec.prompts, "count": len(prompts.texts), "sha256": hashlib.sha256(told).hexdigest()}}
+    known = training_rewards(recipe)
+    training, weights = (None, None) if known is None else zip(*known)
     return compare(entrants.stages(spec, accelerator.device), texts, spec, categories=categories, compared=entrants.compared,
-                   strengths=entrants.strengths, training=training_rewards(recipe), facts=facts,
+                   strengths=entrants.strengths, training=training, weights=weights, facts=facts,
                    show_seeds=spec.seeds if rows_only else 1, extremes=0 if rows_only else 6, world=world_of(accelerator))
 
 
-def training_rewards(recipe: Recipe | Evaluation) -> tuple[Reward, ...] | None:
-    """What training optimised, as the recipe or the data set's build.json says; None where neither does."""
-    if recipe.evaluate.training_reward is not None:
-        return (recipe.evaluate.training_reward,)
-    if isinstance(recipe, Evaluation):
-        return None
-    if isinstance(recipe.source, Online):
-        return (recipe.source.reward,)
-    path = Path(recipe.data.path)
-    path = (path if path.is_dir() else path.parent) / BUILT
+def _as_trained(recipe: Recipe) -> Recipe:
+    """The recipe that made the weights, which may be another than the one given, with what that says of the evaluation."""
+    path = Path(recipe.output_dir) / TRAINED
     if not path.is_file():
-        return None
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-        return tuple(load_reward(made["rewards"][name]) for name in _decisive(made)) or None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path}: cannot tell which rewards this data set was built with ({reason}); name the one in "
-                          "evaluate.training_reward") from None
-
-
-def _decisive(made: dict) -> list[str]:
-    """Of a build's rewards, by name, those that had a say in the labels: read by its utility, or by a filter. The others were
-    only written down, and may judge.
-    """
-    names = list(made["rewards"])
-    read = names if made.get("utility") is None else load_utility(made["utility"]).reads(names)
-    asked = {one["reward"] for one in made.get("filters") or () if one.get("reward") is not None}
-    return [name for name in names if name in read or name in asked]
+        return recipe
+    return dataclasses.replace(load_recipe(path), output_dir=recipe.output_dir, evaluate=recipe.evaluate)
 
 
 def _run(recipe: Recipe | Evaluation, entrants: Entrants, facts: dict | None, seconds: float) -> Run:
     command = f"diffalign evaluate {shlex.quote(str(Path(recipe.output_dir) / RESOLVED))}"
     if facts is not None:
-        run = run_of(recipe, {**facts, "total_seconds": facts["wall_seconds"] + seconds})
+        run = run_of(_as_trained(recipe), {**facts, "total_seconds": facts["wall_seconds"] + seconds})
         return dataclasses.replace(run, evaluate_command=command)
     base = recipe.model.pretrained_model_name_or_path
     return Run(title=f"{', '.join(entrants.compared)} beside {Path(base).name}", base_model=base, seed=recipe.seed,

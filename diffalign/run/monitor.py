@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +16,27 @@ from PIL import Image
 from .. import rng
 from ..config import Recipe, as_tree
 from ..data.prompts import read_prompts
-from ..errors import ConfigError, ResourceError
+from ..errors import ConfigError, DataError, ResourceError
 from ..evaluate.files import clean, write, write_json
-from ..evaluate.looks import looks, spread
-from ..evaluate.monitor import MonitorSpec, Seen, Side, see, why_stop
+from ..evaluate.monitor import MonitorSpec, Seen, see, why_stop
+from ..evaluate.shards import exchange, packed, unpacked
+from ..evaluate.sides import Side, draw_and_keep, picture_seeds
+from ..evaluate.spec import EvaluateSpec
 from ..models.load import encoder_facts, load_encoders, model_identity
 from ..models.weights import CURRENT, ORIGIN, WeightBank
-from ..rewards import Reward, judged
 from ..rewards.base import as_pil
 from ..sampling.grid import grid, save_grid, shown
 from ..train import Finding
 from ..types import Cond
-from ..world import on_first, together, world_of
+from ..world import on_first, world_of
 from . import parts
 
-FOLDER, BASE = "monitor", "base.json"
+FOLDER, BASE = "monitor", "base.npz"
 
 
 class Monitor:
     """What the loop calls every ``every`` steps, on all ranks. Each draws and scores its share of the prompts; rank 0 decides
-    and writes: monitor/step-N.png, monitor/step-N.json, and monitor/base.json, the base's figures, for a run that is resumed.
+    and writes: monitor/step-N.png, monitor/step-N.json, and monitor/base.npz, the base's figures, for a run that is resumed.
 
     Draws are keyed by the run's seed, and nothing is read from or left in the loop's own state. How often the judge has not
     risen is counted in metrics.jsonl.
@@ -44,11 +45,14 @@ class Monitor:
     def __init__(self, recipe: Recipe, accelerator):
         self.recipe, self.spec, self.accelerator = recipe, parts.monitor_spec(recipe), accelerator
         self.every, self.world, self.folder = self.spec.every, world_of(accelerator), Path(recipe.output_dir) / FOLDER
+        self.training = parts.monitored_rewards(recipe)
         texts = list(dict.fromkeys(read_prompts(self.spec.prompts).texts))
         chosen = np.sort(rng.permutation(len(texts), recipe.seed, "monitor")[: self.spec.max_prompts])
         self.prompts = [texts[i] for i in chosen]
-        self.rows = np.array_split(np.arange(len(self.prompts)), self.world.size)[self.world.rank]
-        self.base: Side | None = None
+        self.how = EvaluateSpec(prompts=self.spec.prompts, seeds=self.spec.seeds, seed=recipe.seed,
+                                batch_size=self.spec.batch_size)
+        self.shown = [(row, 0) for row in range(min(self.spec.grid_prompts, len(self.prompts)))]
+        self.base: Drawn | None = None
         self.brush = None
 
     def __call__(self, bank: WeightBank, step: int) -> Finding:
@@ -61,8 +65,8 @@ class Monitor:
 
     # --- rank 0 ---
 
-    def _decide(self, now: Side, step: int) -> Finding:
-        seen = see(self.base, now, self.spec, seed=self.recipe.seed)
+    def _decide(self, now: Drawn, step: int) -> Finding:
+        seen = see(self.base.side, now.side, self.spec, self.training, seed=self.recipe.seed)
         history = [*self._history(step), *([(step, seen.figures["judge"])] if "judge" in seen.figures else [])]
         if step:
             self._write(now, seen, step)
@@ -77,140 +81,122 @@ class Monitor:
         found = [json.loads(line) for line in lines]
         return [(line["step"], line["monitor/judge"]) for line in found if "monitor/judge" in line and line["step"] < step]
 
-    def _write(self, now: Side, seen: Seen, step: int) -> None:
+    def _write(self, now: Drawn, seen: Seen, step: int) -> None:
         write_json(self.folder / f"step-{step}.json", clean({
             "step": step, "alarm": dataclasses.asdict(seen.alarm), "sentence": seen.alarm.sentence,
             "wins": None if seen.wins is None else dataclasses.asdict(seen.wins), "prompts": self.prompts}))
-        rows = range(min(self.spec.grid_prompts, len(self.prompts)))
+        rows = [row for row, _ in self.shown]
         columns = {"base": self.base, f"step {step}": now}
         scores = None
         if self.spec.judge is not None:
-            scores = {label: [float(side.judge[i, 0]) for i in rows] for label, side in columns.items()}
-        image = grid({label: [_picture(side.shown[i]) for i in rows] for label, side in columns.items()},
-                     [self.prompts[i] for i in rows], scores=scores, note=_said(seen, step))
+            scores = {label: [float(drawn.side.scores[row, 0]) for row in rows] for label, drawn in columns.items()}
+        image = grid({label: drawn.pictures for label, drawn in columns.items()}, [self.prompts[row] for row in rows],
+                     scores=scores, note=_said(seen, step))
         target = io.BytesIO()
         save_grid(image, target, clean({"step": step, "prompts": [self.prompts[i] for i in rows]}))
         write(self.folder / f"step-{step}.png", target.getvalue())
 
     # --- drawing ---
 
-    def _base(self, bank: WeightBank, step: int) -> Side:
-        """From monitor/base.json where it is this monitor's; else drawn, if the base is still in memory."""
-        found = on_first(self.world, self._stored)
-        if found:
-            return Side.read(found)
+    def _base(self, bank: WeightBank, step: int) -> Drawn:
+        """From monitor/base.npz where it is this monitor's; else drawn, if the base is still in memory."""
+        if found := exchange(self.world, self._stored):
+            return Drawn.of(found)
         if step and ORIGIN not in bank.names:
             raise ConfigError(f"monitor: {self.folder / BASE} is missing or of other options, and step {step} is too late to "
                               "draw the base; train in another output_dir, or set monitor=null with "
                               "train.allow_change=[monitor]")
-        side = self._drawn(bank, ORIGIN if step else CURRENT)
-        for option in ("judge", "reward"):
-            scores = getattr(side, option)
-            if scores is not None and np.isnan(scores).all():
-                raise ConfigError(f'monitor.{option}: reward "{getattr(self.spec, option).name}" could score none of '
-                                  f"{scores.size} pictures of the base; choose one that understands these prompts")
-        on_first(self.world, lambda: write(self.folder / BASE, f"{self._key()}\n{side.text()}".encode()))
-        return side
+        drawn = self._drawn(bank, ORIGIN if step else CURRENT)
+        trained = zip((reward for reward, _ in self.training), drawn.side.rewards.values(), strict=True)
+        for option, reward, scores in (("judge", self.spec.judge, drawn.side.scores), *(("reward", *one) for one in trained)):
+            if reward is not None and np.isnan(scores).all():
+                raise ConfigError(f'monitor.{option}: reward "{reward.name}" could score none of {scores.size} pictures of '
+                                  "the base; choose one that understands these prompts")
+        on_first(self.world, lambda: write(self.folder / BASE, packed({**drawn.arrays(), "key": np.asarray(self._key())})))
+        return drawn
 
-    def _stored(self) -> str:
+    def _stored(self) -> dict[str, np.ndarray]:
+        """Of rank 0; nothing where there is no base of this monitor."""
         try:
-            key, text = (self.folder / BASE).read_text().split("\n", 1)
-            Side.read(text)
-        except (OSError, ValueError, LookupError, TypeError):
-            return ""
-        return text if key == self._key() else ""
+            found = unpacked((self.folder / BASE).read_bytes()) if self.world.rank == 0 else {}
+        except (OSError, DataError):
+            return {}
+        return found if str(found.get("key")) == self._key() else {}
 
     def _key(self) -> str:
         """Hash of all that the base's figures depend on."""
-        names = ("seeds", "judge", "reward", "sampler", "grid_prompts")
-        tree = {name: as_tree(getattr(self.spec, name)) for name in names}
-        facts = {"options": tree, "prompts": self.prompts, "seed": self.recipe.seed, "size": self._pixels(),
-                 "model": model_identity(self.recipe.model)}
+        tree = {name: as_tree(getattr(self.spec, name)) for name in ("seeds", "judge", "sampler", "grid_prompts")}
+        facts = {"options": tree, "rewards": [as_tree(reward) for reward, _ in self.training], "prompts": self.prompts,
+                 "seed": self.recipe.seed, "size": self._pixels(), "model": model_identity(self.recipe.model)}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _pixels(self) -> int:
         return self.recipe.data.resolution or encoder_facts(self.recipe.model).default_resolution
 
-    def _drawn(self, bank: WeightBank, name: str) -> Side:
-        """Every rank draws its rows; all have the figures of all."""
-        return Side.merge([Side.read(text) for text in together(self.world, lambda: self._own(bank, name).text())])
+    def _drawn(self, bank: WeightBank, name: str) -> Drawn:
+        """Every rank draws its share; all have all."""
+        side, kept = draw_and_keep(lambda prompts, seeds: self._draw(bank, name, prompts, seeds), self.prompts,
+                                   self.spec.judge, self.how, keep=self.shown, world=self.world,
+                                   rewards={str(i): reward for i, (reward, _) in enumerate(self.training)})
+        return Drawn(side=side, pictures=[shown(kept[place]) for place in self.shown])
 
-    def _own(self, bank: WeightBank, name: str) -> Side:
-        prompts = [self.prompts[i] for i in self.rows]
+    def _draw(self, bank: WeightBank, name: str, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         try:
             if self.brush is None:
-                self.brush = _Brush(self.recipe, self.spec, self._pixels(), prompts, self.rows, self.accelerator.device)
-            pictures = self.brush(parts.context(self.recipe, bank, self.accelerator), name)
+                self.brush = _Brush(self.recipe, self.spec, self._pixels(), self.prompts, self.accelerator.device)
+            return self.brush(parts.context(self.recipe, bank, self.accelerator), name, prompts, seeds)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise ResourceError(f"out of memory while the monitor drew {self.spec.batch_size} pictures at once: lower "
+            raise ResourceError(f"out of memory while the monitor drew {len(prompts)} pictures at once: lower "
                                 "monitor.batch_size; it needs the VAE in memory beside the training run") from error
-        return _measured(pictures, [prompt for prompt in prompts for _ in range(self.spec.seeds)], self.rows, self.spec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A model's figures, and the pictures that the grid shows, as it shows them."""
+
+    side: Side
+    pictures: list[Image.Image]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What ``of`` takes back."""
+        return {**self.side.arrays(), **{f"picture {n}": np.asarray(image) for n, image in enumerate(self.pictures)}}
+
+    @classmethod
+    def of(cls, arrays: dict[str, np.ndarray]) -> Drawn:
+        count = sum(name.startswith("picture ") for name in arrays)
+        return cls(side=Side.of(arrays), pictures=[Image.fromarray(arrays[f"picture {n}"]) for n in range(count)])
 
 
 class _Brush:
-    """Draws one rank's prompts from any weight set; holds the prompts' embeddings and the VAE."""
+    """Draws the monitor's prompts from any weight set; holds their embeddings and the VAE."""
 
-    def __init__(self, recipe: Recipe, spec: MonitorSpec, pixels: int, prompts: list[str], rows: np.ndarray, device):
+    def __init__(self, recipe: Recipe, spec: MonitorSpec, pixels: int, prompts: list[str], device):
         self.spec, self.seed, self.device = spec, rng.integer(recipe.seed, "monitor"), device
         self.encoders = load_encoders(recipe.model, device)
-        factor, count = self.encoders.spatial_factor, len(prompts) * spec.seeds
+        factor = self.encoders.spatial_factor
         self.shape = (self.encoders.latent_channels, pixels // factor, pixels // factor)
-        sizes = {"time_ids": torch.tensor([pixels, pixels, 0, 0, pixels, pixels]).float().repeat(count, 1)}
-        extra = sizes if self.encoders.family == "sdxl" else {}
-        texts = [prompt for prompt in prompts for _ in range(spec.seeds)]
-        self.cond = _cond(*(self.encoders.encode_prompts(texts) if texts else self.encoders.unconditional()), extra)
-        self.empty = self.encoders.unconditional() if spec.sampler.guidance_scale != 1 else None
-        self.keys = torch.tensor([[int(row), s] for row in rows for s in range(spec.seeds)], dtype=torch.int64).view(-1, 2)
+        sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]]).float()
+        self.extra = {"time_ids": sizes} if self.encoders.family == "sdxl" else {}
+        self.texts, self.empty = self.encoders.encode_prompts(prompts), self.encoders.unconditional()
+        self.rows = {prompt: row for row, prompt in enumerate(prompts)}
+        self.numbers = {seed: s for seeds in picture_seeds(prompts, spec.seeds, recipe.seed).tolist()
+                        for s, seed in enumerate(seeds)}
         for encoder in [part for part in self.encoders.pipe.components if part.startswith("text_encoder")]:
             setattr(self.encoders.pipe, encoder, None)  # only the VAE is needed from here on
 
-    def __call__(self, ctx, name: str) -> list[Image.Image]:
-        ctx, pictures = dataclasses.replace(ctx, seed=self.seed), []
-        for start in range(0, len(self.keys), self.spec.batch_size):
-            part = slice(start, start + self.spec.batch_size)
-            cond = _part(self.cond, part).to(self.device)
-            empty = None
-            if self.empty is not None:
-                rows = len(self.keys[part])
-                tokens, pooled = (None if x is None else x.expand(rows, *x.shape[1:]) for x in self.empty)
-                empty = _cond(tokens, pooled, cond.extra).to(self.device)
-            x0, _ = self.spec.sampler(ctx, name, cond, self.keys[part], self.shape, empty)
-            pictures += [as_pil(image) for image in (self.encoders.decode(x0).cpu() + 1) / 2]
-        return pictures
+    def __call__(self, ctx, name: str, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        rows = [self.rows[prompt] for prompt in prompts]
+        keys = torch.tensor([[row, self.numbers[seed]] for row, seed in zip(rows, seeds)], dtype=torch.int64)
+        cond = self._cond(*(None if x is None else x[rows] for x in self.texts), len(rows))
+        empty = None
+        if self.spec.sampler.guidance_scale != 1:
+            empty = self._cond(*(None if x is None else x.expand(len(rows), *x.shape[1:]) for x in self.empty), len(rows))
+        x0, _ = self.spec.sampler(dataclasses.replace(ctx, seed=self.seed), name, cond, keys, self.shape, empty)
+        return [as_pil(image) for image in (self.encoders.decode(x0).cpu() + 1) / 2]
 
-
-def _cond(tokens, pooled, extra) -> Cond:
-    return Cond(tokens=tokens.cpu(), pooled=None if pooled is None else pooled.cpu(), extra=extra)
-
-
-def _part(cond: Cond, part: slice) -> Cond:
-    return Cond(tokens=cond.tokens[part], pooled=None if cond.pooled is None else cond.pooled[part],
-                extra={name: x[part] for name, x in cond.extra.items()})
-
-
-def _measured(pictures: list[Image.Image], texts: list[str], rows: np.ndarray, spec: MonitorSpec) -> Side:
-    shape = (len(rows), spec.seeds)
-
-    def scored(reward: Reward | None):
-        if reward is None:
-            return None
-        return judged(reward, pictures, texts).double().numpy().reshape(shape) if texts else np.zeros(shape)
-
-    kept = [_png(pictures[i * spec.seeds]) if row < spec.grid_prompts else "" for i, row in enumerate(rows)]
-    table = looks(pictures)
-    return Side(looks=table.reshape(len(table), *shape), spread=spread(pictures, spec.seeds), judge=scored(spec.judge),
-                reward=scored(spec.reward), shown=tuple(kept))
-
-
-def _png(image: Image.Image) -> str:
-    """As the grid shows it."""
-    target = io.BytesIO()
-    shown(image).save(target, "PNG")
-    return base64.b64encode(target.getvalue()).decode()
-
-
-def _picture(text: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
+    def _cond(self, tokens, pooled, count: int) -> Cond:
+        extra = {name: x.repeat(count, 1) for name, x in self.extra.items()}
+        return Cond(tokens=tokens, pooled=pooled, extra=extra).to(self.device)
 
 
 def _said(seen: Seen, step: int) -> str:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from .. import data
-from ..config import Evaluation, Recipe, check_layout
+from ..config import OF_PICTURES, Evaluation, Recipe, check_layout
 from ..data.prompts import read_prompts
 from ..data.sources import Online, Sampled, Stored
 from ..data.stepwise import Stepwise, StepwiseSource
 from ..errors import ConfigError
 from ..evaluate.monitor import MonitorSpec, with_defaults
-from ..likelihood import LatentScores, MaskedELBO, Transitions
+from ..likelihood import CodeLikelihood, DenoisingELBO, LatentScores, MaskedELBO, Transitions
 from ..methods import Context, Preference, Probe
-from ..models.base import Denoiser, enable_gradient_checkpointing
+from ..models.base import Denoiser, compile_blocks, enable_gradient_checkpointing
 from ..models.latent_reward import from_denoiser
 from ..models.load import encoder_facts, inspect, is_distilled, load_encoders
 from ..models.load import load_denoiser as load_picture_denoiser
@@ -31,37 +32,60 @@ from ..sampling.scheduler import make_scheduler
 from ..train import is_sharding_asked
 from ..types import Memory
 from ..world import world_of
+from .optimised import training_rewards
 
 PROBE = 64  # winners that a gated reference is measured on
 FEW = 8  # timesteps of a schedule that only a distilled model can draw with
 
 
 def is_text(recipe: Recipe | Evaluation) -> bool:
-    """Whether the model is a masked diffusion language model, of which the likelihood tells."""
-    return isinstance(getattr(recipe, "likelihood", None), MaskedELBO)
+    """Whether the model is a language model, of text or of codec tokens, of which the likelihood tells."""
+    return isinstance(getattr(recipe, "likelihood", None), MaskedELBO | CodeLikelihood)
+
+
+def is_audio(recipe: Recipe | Evaluation) -> bool:
+    """Whether the model is a pipeline of sounds. Raises ModelError."""
+    return not is_text(recipe) and inspect(recipe.model)[1].audio
+
+
+def check_audio(recipe: Recipe) -> None:
+    """Options of pictures, for a pipeline of sounds. Raises ConfigError."""
+    if not is_audio(recipe):
+        return
+    for section, names in OF_PICTURES.items():
+        part = getattr(recipe, section)
+        name = next((name for name in names if name not in ("image_root", "variant", "distilled")
+                     and getattr(part, name) != getattr(type(part), name)), None)
+        if name is not None:
+            raise ConfigError(f"{section}.{name}: is of pictures, and this model makes sounds; leave it out")
+    for name in ("evaluate", "monitor"):
+        if getattr(recipe, name) is not None:
+            raise ConfigError(f"{name}: draws pictures, and this model makes sounds; set it to null")
+    if not isinstance(recipe.source, Stored) or not isinstance(recipe.likelihood, DenoisingELBO):
+        raise ConfigError("source.kind: sounds are trained from stored pairs with likelihood.kind=denoising; leave both at "
+                          "their defaults")
 
 
 def base_identity(recipe: Recipe) -> str:
     """Hash of the model that training starts from. Raises ModelError."""
-    return masked_lm().model_identity(recipe.model) if is_text(recipe) else picture_identity(recipe.model)
+    return language_model(recipe).model_identity(recipe.model) if is_text(recipe) else picture_identity(recipe.model)
 
 
 def denoiser_of(recipe: Recipe, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Denoiser:
     """The model that training starts from. Raises ModelError."""
-    load = masked_lm().load_denoiser if is_text(recipe) else load_picture_denoiser
+    load = language_model(recipe).load_denoiser if is_text(recipe) else load_picture_denoiser
     return load(recipe.model, dtype=dtype, device=device)
 
 
-def masked_lm():
-    """Imported when a recipe needs it: a second's worth of transformers' models."""
-    from ..models import masked_lm as module
-
-    return module
+def language_model(recipe: Recipe):
+    """The module that loads it. Imported when a recipe needs it: a second's worth of transformers' models."""
+    return import_module(f"..models.{'masked_lm' if isinstance(recipe.likelihood, MaskedELBO) else 'musicgen'}", __package__)
 
 
 def check_before(recipe: Recipe) -> None:
     """What can be refused from the recipe and the headers of its files, before anything is decoded or loaded."""
     check_layout(recipe, data.detect_layout(recipe.data))
+    check_audio(recipe)
     _check_distilled(recipe)
     check_evaluate(recipe)
     check_monitor(recipe)
@@ -131,9 +155,16 @@ def monitor_spec(recipe: Recipe) -> MonitorSpec | None:
     """The section, with what it takes from others."""
     if recipe.monitor is None:
         return None
-    evaluate, online = recipe.evaluate, isinstance(recipe.source, Online)
+    evaluate = recipe.evaluate
     return with_defaults(recipe.monitor, prompts=evaluate.prompts if evaluate else None,
-                         judge=evaluate.judge if evaluate else None, reward=recipe.source.reward if online else None)
+                         judge=evaluate.judge if evaluate else None)
+
+
+def monitored_rewards(recipe: Recipe) -> tuple[tuple[Reward, float], ...]:
+    """What was optimised, with weights, as the monitor measures it."""
+    if recipe.monitor.reward is not None:
+        return ((recipe.monitor.reward, 1.0),)
+    return training_rewards(recipe) or ()
 
 
 def check_monitor(recipe: Recipe) -> None:
@@ -144,18 +175,19 @@ def check_monitor(recipe: Recipe) -> None:
     if spec.prompts is None:
         raise ConfigError("monitor.prompts: is missing, and there is no evaluate.prompts to take; name a file of prompts")
     read_prompts(spec.prompts, "evaluate.prompts" if recipe.monitor.prompts is None else "monitor.prompts")
-    for option, reward in {"monitor.judge": spec.judge, "monitor.reward": spec.reward}.items():
-        check_judge(option, reward)
+    check_judge("monitor.judge", spec.judge)
+    for reward, _ in monitored_rewards(recipe):
+        check_judge("monitor.reward", reward)
     if spec.early_stop is not None and spec.judge is None:
         raise ConfigError("monitor.early_stop: watches the held-out judge, and there is none; set monitor.judge")
 
 
 def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
-    """The caches of training and held-out data (or None), built where missing; the encoders are freed afterwards. Text is
-    tokenised instead, into memory, by every process.
+    """The caches of training and held-out data (or None), built where missing; the encoders are freed afterwards. Text and
+    audio have none: they are read into memory.
     """
-    if is_text(recipe):
-        return _texts(recipe, say)
+    if is_text(recipe) or is_audio(recipe):
+        return _in_memory(recipe, accelerator.device, say)
     spec, world, facts = recipe.data, world_of(accelerator), encoder_facts(recipe.model)
     resolution = spec.resolution or facts.default_resolution
     caches, loaded = [], []
@@ -179,17 +211,23 @@ def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
     return (*caches, None)[:2]
 
 
-def _texts(recipe: Recipe, say: Callable[[str], None]):
+def _in_memory(recipe: Recipe, device, say: Callable[[str], None]):
+    """Text, codec tokens and audio latents are held in memory by every process."""
     spec, found = recipe.data, []
-    tokens = masked_lm().load_tokens(recipe.model, chat=spec.chat_template)
+    if isinstance(recipe.likelihood, CodeLikelihood):
+        read, how, unit = data.read_clips, language_model(recipe).load_inputs(recipe.model, device), "frames"
+    elif is_text(recipe):
+        read, how, unit = data.read_texts, language_model(recipe).load_tokens(recipe.model, chat=spec.chat_template), "tokens"
+    else:
+        read, how, unit = data.read_sounds, load_encoders(recipe.model, device), "seconds"
     for part in ("train", "validation") if data.has_validation(spec) else ("train",):
-        texts = data.read_texts(spec, tokens, part=part, seed=recipe.seed)
-        report = texts.report
+        rows = read(spec, how, part=part, seed=recipe.seed)
+        report = rows.report
         say(f"{part}: {report['groups']} groups of {report['rows']} rows ({report['ties']} ties, {report['bad_rows']} bad), "
-            f"{report['tokens']:,} tokens, the longest row has {report['longest']}")
+            f"the longest has {report['longest']:.6g} {unit}")
         for name in report["bad"]:
             say(f"  skipped {name}")
-        found.append(texts)
+        found.append(rows)
     return (*found, None)[:2]
 
 
@@ -201,7 +239,7 @@ def method_of(recipe: Recipe) -> Preference:
     return Preference.of(recipe.likelihood, recipe.objective, recipe.reference)
 
 
-def _reads(recipe: Recipe, method: Preference) -> tuple[str, ...]:
+def sets_of(recipe: Recipe, method: Preference) -> tuple[str, ...]:
     """The weight sets of the method and of the source that draws its candidates."""
     return tuple(dict.fromkeys((*method.reads, *filter(None, (getattr(recipe.source, "weights", None),)))))
 
@@ -226,7 +264,7 @@ def bank_of(recipe: Recipe, method: Preference, accelerator, cache, measured: bo
     if isinstance(recipe.likelihood, LatentScores):
         denoiser = from_denoiser(denoiser, recipe.model, guidance_scale=recipe.likelihood.guidance_scale, seed=recipe.seed,
                                  text_projection=recipe.likelihood.text_projection)
-    bank = WeightBank.build(denoiser, recipe.model.lora, reads=_reads(recipe, method), seed=recipe.seed,
+    bank = WeightBank.build(denoiser, recipe.model.lora, reads=sets_of(recipe, method), seed=recipe.seed,
                             forward_dtype=forward, rule=recipe.reference, measured=measured)
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(denoiser)
@@ -258,6 +296,20 @@ def context(recipe: Recipe, bank: WeightBank, accelerator) -> Context:
 
     denoiser = bank.denoiser
     return Context(predict=predict, process=denoiser.process, param=denoiser.param, seed=recipe.seed, step=0, memory=Memory())
+
+
+def compiled(recipe: Recipe, bank: WeightBank, stored: data.Offline, accelerator) -> str | None:
+    """Compile the denoiser's blocks, tried on a pass of the first micro-batch's size. Returns why they stay as they are."""
+    def attempt():
+        batch = stored.take(0)[0].to(accelerator.device)
+        t = torch.full((batch.groups * batch.k,), 0.5, device=accelerator.device)
+        bank.denoiser.module.train()
+        raw = context(recipe, bank, accelerator).predict("policy", batch.x0.flatten(0, 1), t, batch.cond.rows(batch.k))
+        raw.float().square().mean().backward()
+        for parameter in bank.trainable().values():
+            parameter.grad = None
+
+    return compile_blocks(bank.denoiser, attempt)
 
 
 def stored_of(recipe: Recipe, cache, world) -> data.Offline:

@@ -71,7 +71,9 @@ def check(recipe: Recipe, printer: Printer = silent) -> dict:
 
 def _no_text(recipe: Recipe, command: str, why: str) -> None:
     if parts.is_text(recipe):
-        raise ConfigError(f"likelihood.kind: `diffalign {command}` is not for masked text ({why})")
+        raise ConfigError(f"likelihood.kind: `diffalign {command}` is not for language models ({why})")
+    if parts.is_audio(recipe):
+        raise ConfigError(f"model: `diffalign {command}` is not for audio; it is encoded when a run starts")
 
 
 def _brief(value) -> str:

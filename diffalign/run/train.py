@@ -13,9 +13,9 @@ from .. import data
 from ..config import Recipe, as_tree, dump
 from ..evaluate.card import write_card
 from ..evaluate.files import write, write_json
-from ..evaluate.preference import before_and_after, heldout_preference, heldout_scores, heldout_text
+from ..evaluate.preference import before_and_after, heldout_codes, heldout_preference, heldout_scores, heldout_text
 from ..evaluate.report import write_report
-from ..likelihood import LatentScores, Simple
+from ..likelihood import CodeLikelihood, LatentScores, Simple
 from ..methods import Preference
 from ..models.base import Denoiser
 from ..models.load import save_pipeline
@@ -25,7 +25,7 @@ from ..train.checkpoint import check_writable, disk_errors
 from ..world import world_of
 from . import parts, reference
 from .monitor import Monitor
-from .words import PIPELINE, SUMMARY, Printer, derived, method_name, run_of, silent
+from .words import PIPELINE, SUMMARY, TRAINED, Printer, derived, method_name, run_of, silent
 
 
 def train(recipe: Recipe, printer: Printer = silent) -> dict:
@@ -47,6 +47,9 @@ def train(recipe: Recipe, printer: Printer = silent) -> dict:
     bank = parts.bank_of(recipe, method, accelerator, pairs, measured=stored.reference is not None and heldout is None)
     if stored.reference is not None:
         reference.check(stored.reference, recipe, stored, parts.context(recipe, bank, accelerator), accelerator.device)
+    if recipe.train.compile == "on":
+        problem = parts.compiled(recipe, bank, stored, accelerator)
+        say(f"compile: the blocks run uncompiled ({problem})" if problem else "compile: the repeated blocks are compiled")
     source = parts.source_of(recipe, stored, bank, accelerator)
     for line in derived(recipe, source, accelerator.num_processes):
         say(line)
@@ -73,14 +76,14 @@ class _ResolvedConfig:
 
     def after_step(self, state, report) -> None:
         if not self.written:
-            write(Path(self.recipe.output_dir) / "config.resolved.yaml", dump(self.recipe).encode())
+            write(Path(self.recipe.output_dir) / TRAINED, dump(self.recipe).encode())
         self.written = True
 
 
 def _finish(recipe: Recipe, bank: WeightBank, facts: dict) -> None:
     """Files for people: the LoRA is written by the loop; a full fine-tune becomes a whole pipeline folder."""
-    output_dir = Path(recipe.output_dir)
-    if isinstance(recipe.likelihood, LatentScores) or parts.is_text(recipe):
+    output_dir, lora = Path(recipe.output_dir), recipe.model.lora is not None
+    if isinstance(recipe.likelihood, LatentScores) or parts.is_text(recipe) or (lora and parts.is_audio(recipe)):
         # the loop has written it; there is no pipeline to make a card for
         write_json(output_dir / SUMMARY, facts)
         write_report(output_dir, run_of(recipe, facts), None)
@@ -128,6 +131,9 @@ def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accele
     batches = data.fixed_batches(cache, max(1, 2 * recipe.train.train_batch_size), seed=recipe.seed)
     if isinstance(recipe.likelihood, LatentScores):
         return heldout_scores(ctx, batches, noise=recipe.likelihood.noise, device=accelerator.device, world=world)
+    if isinstance(recipe.likelihood, CodeLikelihood):
+        return heldout_codes(ctx, batches, recipe.likelihood, against=_base_set(method, bank), device=accelerator.device,
+                             world=world)
     if parts.is_text(recipe):
         return heldout_text(ctx, batches, recipe.likelihood, against=_base_set(method, bank), device=accelerator.device,
                             world=world)

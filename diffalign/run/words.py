@@ -8,15 +8,18 @@ from pathlib import Path
 
 from .. import data
 from ..config import Recipe, as_tree
+from ..data.stepwise import Stepwise
 from ..evaluate.card import fused_name
 from ..evaluate.compare import said
 from ..evaluate.report import Run
-from ..likelihood import LatentScores, MaskedELBO, implied_nats
+from ..likelihood import CodeLikelihood, LatentScores, MaskedELBO, implied_nats
 from ..models.spec import LANGUAGE_MODEL, LATENT_REWARD
 from ..objectives import title_of
 
 Printer = Callable[[str], None]  # takes one line of text: ``print`` for people, nothing for programs
 SUMMARY, LORA_FILE, PIPELINE = "train.json", "pytorch_lora_weights.safetensors", "pipeline"
+TRAINED = "config.resolved.yaml"  # the recipe that a run was trained with
+_SUBJECTS = {MaskedELBO: "answers", CodeLikelihood: "clips"}  # what a model makes, where it makes no pictures
 
 
 def silent(_: str) -> None:
@@ -37,6 +40,8 @@ def betas(recipe: Recipe, elements: int) -> list[str]:
         return []
     if isinstance(recipe.likelihood, MaskedELBO):
         return [f"beta {beta:g} on log-likelihood bounds in nats per answer ({elements} tokens on average)"]
+    if isinstance(recipe.likelihood, CodeLikelihood):
+        return [f"beta {beta:g} on log-likelihoods in nats per clip ({elements} codes on average)"]
     unit = getattr(recipe.objective, "beta_unit", 1.0)
     other = implied_nats(unit * beta, elements)
     factor = {1.0: "1/2"}.get(unit, f"{unit / 2:g}")
@@ -52,20 +57,20 @@ def run_of(recipe: Recipe, facts: dict) -> Run:
                data=recipe.data.path, rank=lora.rank if lora else None, beta=_beta(recipe),
                seed=recipe.seed, pairs=facts["pairs"], steps=facts["step"], train_seconds=facts["seconds"],
                total_seconds=facts.get("total_seconds", facts["wall_seconds"]), heldout=facts["heldout"],
-               subject="answers" if isinstance(recipe.likelihood, MaskedELBO) else "pictures",
+               subject=_SUBJECTS.get(type(recipe.likelihood), "pictures"),
                metrics=output_dir / "metrics.jsonl", config=as_tree(recipe), files=tuple(files),
-               command=f"diffalign train {shlex.quote(str(output_dir / 'config.resolved.yaml'))}")
+               command=f"diffalign train {shlex.quote(str(output_dir / TRAINED))}")
 
 
 def _beta(recipe: Recipe) -> float | None:
     """As reports show it, with its unit, which is that of pictures."""
-    other = isinstance(recipe.likelihood, (LatentScores, MaskedELBO))
+    other = isinstance(recipe.likelihood, (LatentScores, MaskedELBO, CodeLikelihood))
     return None if other else getattr(recipe.objective, "beta", None)
 
 
 def whole_of(recipe: Recipe) -> str:
     """The folder that a run without LoRA writes: a pipeline, a latent reward model or a language model."""
-    if isinstance(recipe.likelihood, MaskedELBO):
+    if isinstance(recipe.likelihood, (MaskedELBO, CodeLikelihood)):
         return LANGUAGE_MODEL
     return LATENT_REWARD if isinstance(recipe.likelihood, LatentScores) else PIPELINE
 
@@ -77,5 +82,8 @@ def title(recipe: Recipe) -> str:
 
 
 def method_name(recipe: Recipe) -> str:
-    """What papers call it."""
-    return getattr(recipe.likelihood, "title", None) or title_of(recipe.objective)
+    """What papers call it: a method of steps by its judge, any other by its objective."""
+    if isinstance(recipe.source, Stepwise):
+        return recipe.source.judge.title
+    own = " on its own samples" if recipe.source.reads_prompts_only else ""
+    return (getattr(recipe.likelihood, "title", None) or title_of(recipe.objective)) + own

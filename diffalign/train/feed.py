@@ -53,8 +53,9 @@ class Feed:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Without waiting. Key and place stay on the CPU, where the noise is drawn: reading them back would stop the device."""
-    return replace(batch.to(device), key=batch.key, place=batch.place)
+    """Without waiting. Key and place stay on the CPU, where the noise is drawn, and the labels can be read there, which tell
+    who is compared: reading them back would stop the device."""
+    return replace(batch.to(device), key=batch.key, place=batch.place, host=batch)
 
 
 def _pinned(value):

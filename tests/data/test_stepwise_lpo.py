@@ -7,6 +7,7 @@ from diffalign.config import build_recipe
 from diffalign.data.judges import LatentJudge
 from diffalign.data.stepwise import Constant, Dynamic
 from diffalign.errors import ConfigError
+from diffalign.evaluate.cost import passes_per_group
 
 from ..golden.test_likelihood import sd_process
 from .test_stepwise import PUBLISHED, Judge, mean, source
@@ -70,6 +71,16 @@ def test_recipe():
     assert judge == LatentJudge(path="reward") and judge.time == "own" and not judge.predicts
     with pytest.raises(ConfigError, match="source.judge.time"):
         recipe(source={"kind": "stepwise", "judge": {"kind": "latent", "path": "reward", "time": "late"}})
+
+
+@pytest.mark.parametrize("judge, start, passes", [
+    ({"kind": "predicted_image", "reward": "scenes"}, 0.752, 4 + 65 / 16), ({"kind": "latent", "path": "reward"}, 1.0, 9)])
+def test_passes_of_a_pair(judge, start, passes):
+    """The shared state's 1 + 2 + 1 passes, and a share of the rollout. SPO's: five states before and at the first fork, then
+    four children at each of 15 levels; at timestep 0 none. LPO's: 20 states and 80 judgements of a pass each, for 20 pairs."""
+    source = {"kind": "stepwise", "judge": judge, "start": start,
+              "sampler": {"solver": "ancestral", "timesteps": list(PUBLISHED)}}
+    assert passes_per_group(recipe(source=source), 2) == passes
 
 
 LRM = {"likelihood": {"kind": "latent_reward"}, "objective": {"kind": "dpo", "beta": 1, "reference_free": True},

@@ -17,8 +17,13 @@ from safetensors.torch import load_file, save_file
 from diffalign.cli import main
 from diffalign.config import Evaluation, load_evaluation, load_recipe
 from diffalign.errors import ConfigError
+from diffalign.evaluate.monitor import MonitorSpec
+from diffalign.rewards.rules import Brightness
 from diffalign.run.entrants import Entrants
-from diffalign.run.evaluate import training_rewards
+from diffalign.run.evaluate import _as_trained
+from diffalign.run.optimised import training_rewards
+from diffalign.run.parts import monitored_rewards
+from diffalign.run.words import method_name, title
 
 from .conftest import MODEL, ROOT
 
@@ -70,6 +75,20 @@ def test_the_report_pins_what_was_compared(done):
     assert report["identity"]["prompts"]["count"] == 6 and len(report["identity"]["prompts"]["sha256"]) == 64
     assert report["identity"]["judge"] == {"name": "brightness"}
     assert report["comparison"]["sampling"]["seed"] == 0 and report["evaluate_command"].endswith("evaluation.resolved.yaml")
+
+
+def test_the_method_is_that_of_the_run_and_not_of_the_recipe_given(done):
+    given = load_recipe(done / "recipe.yaml", ["objective={kind: mapo, beta: 0.1}", "evaluate.seeds=3"])
+    trained = _as_trained(given)
+    assert title(given).startswith("MaPO") and title(trained).startswith("Diffusion-DPO, LoRA")
+    assert trained.evaluate == given.evaluate and trained.output_dir == given.output_dir
+
+
+@pytest.mark.parametrize("name, called", [
+    ("lpo", "LPO"), ("spo", "SPO"), ("tailorpo", "TailorPO"), ("online", "Diffusion-DPO on its own samples"),
+    ("lrm", "Latent Reward Model"), ("mapo", "MaPO")])
+def test_what_a_run_is_called(name, called):
+    assert method_name(load_recipe(ROOT / "configs" / "tiny" / f"{name}.yaml")) == called
 
 
 def test_two_processes_and_its_own_command_make_the_same_report(done):
@@ -176,29 +195,38 @@ def test_checkpoints_of_a_full_fine_tune(small, tmp_path):
             pass
 
 
+def named_of(rewards):
+    return [(reward.name, weight) for reward, weight in rewards]
+
+
 def test_what_training_optimised_is_found_out(small, tmp_path):
     recipe = load_recipe(small(tmp_path))
     assert training_rewards(recipe) is None
     named = load_recipe(small(tmp_path, evaluate={"training_reward": "brightness"}))
-    assert [reward.name for reward in training_rewards(named)] == ["brightness"]
+    assert named_of(training_rewards(named)) == [("brightness", 1)]
     online = load_recipe(ROOT / "configs" / "tiny" / "online.yaml")
-    assert training_rewards(online) == (online.source.reward,)
+    assert training_rewards(online) == ((online.source.reward, 1.0),)
     table = tmp_path / "built" / "train.parquet"
     table.parent.mkdir()
     built = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=str(table)))
     assert training_rewards(built) is None
     rewards = {"a": {"kind": "scenes"}, "b": {"kind": "compressibility", "quality": 80}}
     (table.parent / "build.json").write_text(json.dumps({"recipe": {"rewards": rewards}}))
-    assert [reward.name for reward in training_rewards(built)] == ["scenes", "compressibility"]
+    assert named_of(training_rewards(built)) == [("scenes", 1), ("compressibility", 1)]
     # what was only written down beside the labels was not trained on, unless a filter asked it
     for utility, filters, expected in (
-            ({"kind": "reward", "reward": "b"}, [], ["compressibility"]),
-            ({"kind": "votes"}, [], ["scenes", "compressibility"]),
-            ({"kind": "mean", "weights": {"b": 0}}, [{"kind": "margin"}], ["scenes"]),
-            ({"kind": "reward", "reward": "b"}, [{"kind": "margin", "reward": "a"}], ["scenes", "compressibility"])):
+            ({"kind": "reward", "reward": "b"}, [], [("compressibility", 1)]),
+            ({"kind": "votes"}, [], [("scenes", 1), ("compressibility", 1)]),
+            ({"kind": "mean", "weights": {"b": 0}}, [{"kind": "margin"}], [("scenes", 1)]),
+            ({"kind": "mean", "weights": {"b": -0.5}}, [], [("scenes", 1), ("compressibility", -0.5)]),
+            ({"kind": "reward", "reward": "b"}, [{"kind": "margin", "reward": "a"}], [("scenes", 0), ("compressibility", 1)])):
         made = {"rewards": rewards, "utility": utility, "filters": filters}
         (table.parent / "build.json").write_text(json.dumps({"recipe": made}))
-        assert [reward.name for reward in training_rewards(built)] == expected
+        assert named_of(training_rewards(built)) == expected
+        watched = dataclasses.replace(built, monitor=MonitorSpec())
+        assert named_of(monitored_rewards(watched)) == expected  # the monitor knows as much
+        assert named_of(monitored_rewards(dataclasses.replace(watched, monitor=MonitorSpec(reward=Brightness())))) == [
+            ("brightness", 1)]
     for content in ("{", "{}", '{"recipe": {"rewards": {"a": {"kind": "gone"}}}}', '{"recipe": 3}'):
         (table.parent / "build.json").write_text(content)
         with pytest.raises(ConfigError, match="build.json: cannot tell which rewards .* evaluate.training_reward"):

@@ -188,3 +188,16 @@ def test_encode_and_check(small, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "groups a step" in out and "0 encoded now" in out
     assert (tmp_path / "run" / "check.png").exists() and not (tmp_path / "run" / "checkpoint-1").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_to_the_bit(small, tmp_path, capsys):
+    """With the real compiler: 4 steps = 2 + resume + 2, and the first loss is ln 2."""
+    for name, steps in (("whole", (4,)), ("cut", (2, 4))):
+        (tmp_path / name).mkdir()
+        file = small(tmp_path / name)
+        for count in steps:
+            assert main(["train", str(file), "train.compile=on", f"train.max_train_steps={count}"]) == 0
+    assert "compile: the repeated blocks are compiled" in capsys.readouterr().out
+    assert same(lora(tmp_path / "cut"), lora(tmp_path / "whole"))
+    assert next(line["loss"] for line in metrics(tmp_path / "whole") if "loss" in line) == pytest.approx(math.log(2), abs=1e-5)

@@ -83,20 +83,20 @@ def test_resume_is_exact_and_takes_the_base_from_its_file(small, tmp_path, model
     file = recipe(small, tmp_path, {"early_stop": {"patience": 9}}, model=model, objective={"kind": "mapo"})
     assert main(["train", str(file)]) == 0
     run, log = tmp_path / "run", metrics(tmp_path)
-    grid, base = (run / "monitor" / "step-4.png").read_bytes(), (run / "monitor" / "base.json").stat().st_mtime_ns
+    grid, base = (run / "monitor" / "step-4.png").read_bytes(), (run / "monitor" / "base.npz").stat().st_mtime_ns
     shutil.rmtree(run / "checkpoint-4")
     assert main(["train", str(file)]) == 0
     assert metrics(tmp_path) == log and (run / "monitor" / "step-4.png").read_bytes() == grid
-    assert (run / "monitor" / "base.json").stat().st_mtime_ns == base
+    assert (run / "monitor" / "base.npz").stat().st_mtime_ns == base
     # without the file: the base lies under a LoRA, but is gone after two steps of a full fine-tune without a reference
     shutil.rmtree(run / "checkpoint-4")
-    (run / "monitor" / "base.json").write_text("torn")
+    (run / "monitor" / "base.npz").write_text("torn")
     capsys.readouterr()
     if not model:
         assert main(["train", str(file)]) == 0 and metrics(tmp_path) == log
     else:
         assert main(["train", str(file)]) == 2
-        assert "base.json is missing or of other options, and step 4 is too late" in capsys.readouterr().err
+        assert "base.npz is missing or of other options, and step 4 is too late" in capsys.readouterr().err
 
 
 def test_an_alarm_ends_the_run_and_it_stays_ended(small, tmp_path, capsys):

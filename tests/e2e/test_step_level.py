@@ -77,7 +77,7 @@ def test_no_judge_of_finished_pictures(step_level, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("source, words", [
-    ({"sampler": {"solver": "ancestral", "steps": 4, "eta": 0.0}}, ("source.sampler", "eta must be above 0")),
+    ({"sampler": {"solver": "ancestral", "steps": 4, "eta": 0.0}}, ("source.sampler.eta", "must be above 0")),
     ({"sampler": {"solver": "ancestral", "timesteps": [999, 749, 499, 249]}}, ("timesteps", "was not distilled")),
     ({"sampler": {"solver": "ancestral", "steps": 3}, "block": 4}, ("source", "needs 4 steps")),
     ({"start": 0.1}, ("source", "leave no step"))])

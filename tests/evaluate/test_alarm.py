@@ -10,7 +10,8 @@ from scipy.stats import t as student
 
 from diffalign.evaluate.alarm import Alarm, Band, Limits, alarm
 from diffalign.evaluate.looks import LOOKS
-from diffalign.evaluate.monitor import MonitorSpec, Side, see
+from diffalign.evaluate.monitor import MonitorSpec, see
+from diffalign.evaluate.sides import Side, as_one
 from diffalign.rewards.rules import Brightness, Colourfulness
 
 NAMES = list(LOOKS)
@@ -252,9 +253,31 @@ def test_a_judge_that_is_trained_on_is_not_held_out_in_the_monitor():
     """``MonitorSpec.judge`` may come from evaluate.judge and ``reward`` from the source, and be one and the same."""
     w = World(2, 16, 2)
     looks, scores, variety = w.looks(), w.scores(0.5), w.spread()
-    base, now = (Side(looks=looks[i], spread=variety[i], judge=scores[i], reward=scores[i], shown=()) for i in range(2))
-    own = see(base, now, MonitorSpec(judge=Brightness(), reward=Brightness()))
+    base, now = (Side(statistics=looks[i], spread=variety[i], scores=scores[i], rewards={"0": scores[i]}) for i in range(2))
+    own = see(base, now, MonitorSpec(judge=Brightness()), [(Brightness(), 1.0)])
     assert own.alarm.judge is None and own.alarm.gap is None and "no held-out judge" in " ".join(own.alarm.notes)
     assert own.wins is not None and own.alarm.training.rose
-    for reward in (None, Colourfulness()):
-        assert see(base, now, MonitorSpec(judge=Brightness(), reward=reward)).alarm.judge.rose
+    assert see(base, now, MonitorSpec(judge=Brightness()), [(Colourfulness(), 1.0)]).alarm.judge.rose
+    bare = (Side(statistics=side.statistics, spread=side.spread, scores=side.scores) for side in (base, now))
+    assert see(*bare, MonitorSpec(judge=Brightness())).alarm.judge.rose
+
+
+def test_several_rewards_count_by_weight_and_sign():
+    """Base scores 0, 2 (mean 1, deviation 1) and 0, 20 (10, 10); now 3, 3 and 0, 0: z is 2 and -1. Weights 3 and -1 give
+    (3 * 2 + 1 * 1) / 4 = 1.75, and the base's -1, 1 and 1, -1 give (3 * -1 + 1 * 1) / 4 = -0.5 and 0.5."""
+    up = [np.array([[0.0, 2.0]]), np.array([[3.0, 3.0]])]
+    down = [np.array([[0.0, 20.0]]), np.array([[0.0, 0.0]])]
+    base, now = as_one([up, down], [3.0, -1.0])
+    assert base.tolist() == [[-0.5, 0.5]] and now.tolist() == [[1.75, 1.75]]
+    base, now = as_one([up, down], [0.0, -0.5])  # alone it keeps its unit
+    assert base.tolist() == [[0.0, -20.0]] and now.tolist() == [[0.0, 0.0]]
+    assert as_one([up], [2.0])[1].tolist() == [[3.0, 3.0]] and as_one([], []) is None and as_one([up], [0.0]) is None
+    flat = as_one([[np.ones((2, 2)), 2 * np.ones((2, 2))], up], [1.0, 1.0])  # a checker that is never content has no deviation
+    assert np.isfinite(flat[1]).all()
+
+
+def test_a_reward_that_less_was_better_of_falls_when_it_is_optimised():
+    w = World(5)
+    scores = w.scores(-1.0)
+    training = as_one([list(scores)], [-1.0])
+    assert alarm(w.looks(), training=np.stack(training)).training.rose

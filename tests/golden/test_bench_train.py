@@ -16,13 +16,13 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import bench_train  # noqa: E402
 
 
-def test_ratios_are_taken_inside_a_round(monkeypatch):
+def test_ratios_are_taken_inside_a_round():
     """A round in which the machine is three times slower changes no ratio. Seconds a pair: usual 6, live 4, measured 2,
     encoding 3 counted once over 3 epochs = 1: ratios 6/5 and 6/3. In a sweep of two the measured reference, 3 s, is shared
     too: 6 / (2 + (1 + 3)/2)."""
-    monkeypatch.setattr(bench_train, "matrix_rate", lambda precision: 100.0)
     one = {"usual": 6.0, "live": 4.0, "measured": 2.0, "encode": 3.0, "reference": 3.0}
-    rounds = [one, {name: 3 * s for name, s in one.items()}, one]
+    rounds = [{**one, "matrix_flop_per_s": 100.0}] * 2
+    rounds.insert(1, {**{name: 3 * s for name, s in one.items()}, "matrix_flop_per_s": 100 / 3})
     stages = {path: {"seconds": 10.0, "stages": {"policy": 4.0, "data": 1.0}} for path in ("usual", "live", "measured")}
     found = bench_train.summary(SimpleNamespace(epochs=3, precision="no"), rounds, stages, dict.fromkeys(stages, 1), 60, 40)
     ratios = {path: one["ratio"] for path, one in found["paths"].items()}

@@ -236,3 +236,28 @@ def test_published_sizes_build_without_memory():
     assert sum(p.numel() for p in module.parameters()) == 2 * 126464 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 12288
                                                                                     + 2 * 4096) + 4096
     assert len({_theirs(name) for name in module.state_dict()}) == 291
+
+
+def test_peft_reads_the_lora_onto_modules_of_lladas_names(folder, tmp_path):
+    """A stand-in for LLaDA's own class, which is not here: modules by its names, without a forward."""
+    from peft import PeftModel
+
+    bank = WeightBank.build(load_denoiser(spec_of(folder)), LoRA(rank=2), reads=("policy",), seed=0)
+    bank.save(tmp_path / "out", {})
+    tree = torch.nn.Module()
+    for name, weight in load_file(folder / "model.safetensors").items():
+        *path, last = name.removesuffix(".weight").split(".")
+        node = tree
+        for part in path:
+            node = node.get_submodule(part) if part in dict(node.named_children()) else _child(node, part)
+        layer = torch.nn.Linear(*weight.T.shape, bias=False) if weight.dim() == 2 else torch.nn.RMSNorm(len(weight))
+        node.add_module(last, layer)
+    state = PeftModel.from_pretrained(tree, tmp_path / "out").state_dict()
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name, x in saved.items():
+        assert torch.equal(state[name.replace(".weight", ".default.weight")], x)
+
+
+def _child(node, name):
+    node.add_module(name, torch.nn.Module())
+    return node.get_submodule(name)

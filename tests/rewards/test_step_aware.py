@@ -12,7 +12,7 @@ from diffalign.data.columns import Tally
 from diffalign.data.spec import DataSpec
 from diffalign.errors import DataError, ModelError
 from diffalign.models.spec import ModelSpec
-from diffalign.reward_training import RewardLora, RewardRecipe, StepSpec, train_reward
+from diffalign.reward_training import RewardLora, RewardRecipe, StepSpec, check_recipe, train_reward
 from diffalign.reward_training.pairs import read_pairs
 from diffalign.reward_training.predicted import Predicted
 from diffalign.reward_training.training import Noisy
@@ -186,5 +186,8 @@ def test_a_clean_picture_is_predicted_as_itself():
 def test_bad_recipes(clip, data, options, words):
     with pytest.raises(ValueError, match=words):
         recipe_for("x", clip, data, **options)
+    with pytest.raises(ModelError, match="no/such/model"):
+        nothing = ModelSpec(pretrained_model_name_or_path="no/such/model")
+        check_recipe(recipe_for("x", clip, data, steps=StepSpec(model=nothing)))
     with pytest.raises(ValueError, match="guidance_scale"):
         replace(StepSpec(model=MODEL), guidance_scale=-1.0)

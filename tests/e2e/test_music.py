@@ -1,0 +1,102 @@
+"""Music through ``diffalign train``: codec tokens and audio latents, exact resume, the cut of a step, what is refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from diffalign.cli import main
+from diffalign.config import load_recipe
+from diffalign.data.audio import write_wav
+from diffalign.run import train
+from tests.data.test_music import codes
+from tests.models import tiny_audio, tiny_music
+
+SHORT = {"max_train_steps": 4, "train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler": "constant",
+         "mixed_precision": "no", "checkpointing_steps": 2, "logging_steps": 1, "cpu": True}
+
+
+def recipe(folder, base, **sections):
+    tree = {"output_dir": str(folder / "run"), "model": {"pretrained_model_name_or_path": str(base), "lora": None},
+            "data": {"path": str(folder / "pairs.jsonl"), "validation": str(folder / "pairs.jsonl")},
+            "likelihood": "codes", "train": SHORT,
+            "objective": {"kind": "regularized", "origin": 0.01, "objective": {"kind": "dpo", "beta": 0.1}}}
+    for name, section in sections.items():
+        tree[name] = {**tree[name], **section} if isinstance(tree.get(name), dict) and "kind" not in section else section
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return str(folder / "recipe.yaml")
+
+
+def rows(folder, count=8):
+    folder.mkdir(exist_ok=True)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(
+        {"prompt": "abcd"[i % 4], "chosen": codes(5, i), "rejected": codes(5, 100 + i)}) + "\n" for i in range(count)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_music.make(tmp_path_factory.mktemp("model") / "music")
+
+
+def weights(folder):
+    return load_file(folder / "run" / "model" / "model.safetensors")
+
+
+def same(one, other):
+    return all(torch.allclose(x, other[name], atol=1e-6) for name, x in one.items())
+
+
+def test_a_run_of_codes_and_its_resume(model, tmp_path):
+    whole, cut, halves = (rows(tmp_path / name) for name in ("whole", "cut", "halves"))
+    facts = train(load_recipe(recipe(whole, model)))
+    assert facts["initial_loss"] == pytest.approx(math.log(2), abs=1e-5)  # policy = reference, and no distance from the base
+    assert facts["heldout"]["before"] == 0.5 and facts["heldout"]["after"] > 0.8 and facts["heldout"]["pairs"] == 8
+    assert "clips" in json.loads((whole / "run" / "report.json").read_text())["sentence"]
+    train(load_recipe(recipe(cut, model), ["train.max_train_steps=2"]))
+    train(load_recipe(recipe(cut, model)))
+    assert same(weights(whole), weights(cut))
+    train(load_recipe(recipe(halves, model), ["train.train_batch_size=2", "train.gradient_accumulation_steps=2"]))
+    assert same(weights(whole), weights(halves))
+    base = load_file(model / "model.safetensors")
+    moved = {name for name, x in weights(whole).items() if not torch.equal(x, base[name])}
+    assert moved and not any(name.startswith(("text_encoder", "audio_encoder")) for name in moved)
+
+
+def test_stable_audio_with_the_keys_of_pictures(tmp_path):
+    tiny_audio.make(tmp_path / "pipeline")
+    for i in range(4):
+        for name, step in (("good", 0.5), ("bad", 2.0)):
+            wave = 0.5 * np.sin(step * np.arange(40) + i)
+            (tmp_path / f"{name}{i}.wav").write_bytes(write_wav(wave, tiny_audio.RATE))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(
+        {"prompt": "a b", "chosen": f"good{i}.wav", "rejected": f"bad{i}.wav"}) + "\n" for i in range(4)))
+    path = recipe(tmp_path, tmp_path / "pipeline", likelihood={"kind": "denoising"}, objective={"kind": "dpo", "beta": 2000},
+                  model={"lora": {"rank": 4}})
+    facts = train(load_recipe(path))
+    assert facts["initial_loss"] == pytest.approx(math.log(2), abs=1e-4) and facts["heldout"]["before"] == 0.5
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file() and (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["data.caption_dropout=0.1"], "data.caption_dropout: is of pictures, and likelihood.kind=codes trains on codec tokens"),
+    (["data.max_tokens=5"], "data.max_tokens: is of text"),
+    (["source.kind=online"], "source"),
+    (["likelihood.kind=masked"], "model_type is 'musicgen'; supported is 'llada'"),
+])
+def test_what_is_refused(model, tmp_path, capsys, overrides, message):
+    assert main(["train", recipe(rows(tmp_path / "run"), model), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
+
+
+def test_wrong_codebooks_are_one_line(model, tmp_path, capsys):
+    folder = rows(tmp_path / "run")
+    (folder / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": codes(5)[:2], "rejected": codes(5)}) + "\n")
+    assert main(["train", recipe(folder, model)]) == 2
+    error = capsys.readouterr().err
+    assert "line 1: the codes have 2 codebooks, and the model has 4" in error and len(error.strip().splitlines()) == 1

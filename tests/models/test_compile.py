@@ -1,0 +1,62 @@
+"""Compiled blocks: the same numbers, names and files; and never a reason to stop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffalign.models import LoRA, WeightBank
+from diffalign.models.base import compile_blocks
+
+from . import tiny
+
+
+@pytest.fixture
+def bank(folders):
+    """SDXL with a LoRA that does something, and what its two sets predict."""
+    denoiser = tiny.load_denoiser(tiny.spec(folders("sdxl")))
+    bank = WeightBank.build(denoiser, LoRA(rank=2), reads=("policy", "reference"), seed=0)
+    tiny.perturb(bank.trainable().values())
+    bank.denoiser.module.train()
+    yield bank
+    torch._dynamo.reset()
+    torch._dynamo.config.suppress_errors = False
+
+
+def passes(bank):
+    xt, t, cond = tiny.random_input(bank.denoiser)
+    reference = bank.predict("reference", xt, t, cond)
+    policy = bank.predict("policy", xt, t, cond)
+    policy.square().mean().backward()
+    gradients = [p.grad.clone() for p in bank.trainable().values()]
+    for p in bank.trainable().values():
+        p.grad = None
+    return [reference, policy.detach(), *gradients]
+
+
+def compiled(bank) -> int:
+    return sum(layer._compiled_call_impl is not None for layer in bank.denoiser.module.modules())
+
+
+def test_the_same_numbers_and_names(bank):
+    """Traced, not translated: torch's own kernels in the same order, with the adapters on and off."""
+    before, names = passes(bank), list(bank.state())
+    assert compile_blocks(bank.denoiser, lambda: passes(bank), backend="eager") is None and compiled(bank)
+    for a, b in zip(passes(bank), before):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert list(bank.state()) == names
+
+
+def test_a_compiler_that_fails_is_a_note(bank):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here\nat all")
+
+    before = passes(bank)
+    said = compile_blocks(bank.denoiser, lambda: passes(bank), backend=broken)
+    assert "no compiler here" in said and "\n" not in said and not compiled(bank)
+    assert all(torch.equal(a, b) for a, b in zip(passes(bank), before))
+
+
+def test_a_model_that_names_no_blocks_is_a_note(folders):
+    denoiser = tiny.load_denoiser(tiny.spec(folders("sd3")))
+    assert "_repeated_blocks" in compile_blocks(denoiser, lambda: None)
