@@ -135,7 +135,7 @@ def _dealt(batches: Sequence[Batch], of: Callable[[Batch], dict[str, Tensor | No
         if number < count:
             found |= {f"{number}/{name}": x.numpy() for name, x in values.items() if x is not None}
     parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
-    for path, array in exchange(world, found).items():
+    for path, array in exchange(world, lambda: found).items():
         number, name = path.split("/")
         parts[int(number)][name] = torch.from_numpy(array)
     return parts

@@ -105,6 +105,8 @@ def test_further_rewards_are_reported_not_judged(found, tmp_path):
     assert report["rewards"]["scenes"]["failures"] == dict.fromkeys(MODELS, 0)
     assert report["models"]["broken"]["verdict_corrected"] == "worse" and report["holm"] == found.corrected
     assert report["held_out"] is True and report["training_rewards"] == ["colourfulness", "brightness"]
+    parts = report["models"]["broken"]["categories"].values()
+    assert parts and all("win_rate_low" in part and not {"verdict", "sentence"} & set(part) for part in parts)
     assert set(report["alarm"]) >= {"fired", "reasons", "sentence"}
     assert report["identity"]["rewards"]["small"]["name"] == "compressibility"
     assert report["comparison"]["prompts"][0]["scores"].keys() == MODELS.keys()
