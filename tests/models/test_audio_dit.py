@@ -176,6 +176,19 @@ def test_a_clip_is_its_latent_and_its_seconds(made, tmp_path):
     assert ((batch.x0[0, 0] - mean[0]).abs() < 6 * std[0]).all()
 
 
+def test_the_seconds_are_a_part_of_the_identity(made, tmp_path):
+    """A clip with silence behind it has the latent of the clip alone, but the model is told other seconds: other data, so a
+    checkpoint of one must not go on with the other."""
+    def read(name, silence):
+        clip = np.append(0.5 * np.sin(np.arange(int(0.5 * RATE))), np.zeros(silence))
+        return read_sounds(rows_of(tmp_path / name, chosen=wave(0.75), rejected=write_wav(clip, RATE)), made[2])
+
+    short, longer = read("short", 0), read("longer", 8)
+    one, other = (sounds(np.array([0]), np.array([0])) for sounds in (short, longer))
+    assert torch.equal(one.x0, other.x0) and not torch.equal(one.cond.extra["durations"], other.cond.extra["durations"])
+    assert short.identity != longer.identity and short.identity == read("again", 0).identity
+
+
 @pytest.mark.parametrize(("data", "message"), [
     (wave(1.0), "lasts 1.00 s, and the model makes 0.75 s at most"),
     (wave(0.5, rate=50), "has 50 Hz, and the codec reads 64 Hz"),
