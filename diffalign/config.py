@@ -227,6 +227,8 @@ def rewards_from(path: str | Path) -> list[str]:
     A reward there is a frozen dataclass with ``name``, ``differentiable`` and ``__call__``. Raises ConfigError for a file that
     cannot be run or holds none, and for a name that is taken.
     """
+    if not Path(path).exists():
+        raise ConfigError(f"{path}: no such file (given to --rewards-from)")
     try:
         found = runpy.run_path(str(path), run_name=Path(path).stem)
     except (Exception, SystemExit) as error:  # a stranger's file may fail in any way
@@ -318,7 +320,7 @@ def read_yaml(path: Path) -> dict:
             raise ConfigError(f"{path}: larger than 1 MB; is this a recipe?")
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe{_near(path)}") from None
+        raise ConfigError(f"{path}: no such recipe.{_near(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a recipe ({error.__class__.__name__}: {error})") from None
     if not isinstance(tree, dict):
