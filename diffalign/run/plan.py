@@ -74,6 +74,7 @@ def plan(recipe: Recipe, printer: Printer = silent, *, gpu: str = "h100", gpus: 
     if not card.bf16 and recipe.train.mixed_precision == "bf16":
         raise ConfigError(f"train.mixed_precision: a {gpu} has no bfloat16; plan with train.mixed_precision=fp16")
     found = _Plan(recipe)
+    printer(f"following one training pass of {found.facts['model']} without computing it (half a minute for SDXL)")
     needs = found.needs(recipe)
     count = found.count(recipe)
     result = found.facts | {"parameters": count.parameters, "trained": count.trained // 4,
