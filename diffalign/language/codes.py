@@ -1,5 +1,5 @@
-"""Clips as sentences: codec tokens in one stream, a word for each (codebook, code), so that any causal language model can speak
-them and TRL can train it. MusicGen's own delayed codebooks are for ``likelihood.kind=codes``.
+"""Clips as sentences: codec tokens in one stream, a word for each (codebook, code), so that any causal language model can
+speak them and TRL can train it. MusicGen's own delayed codebooks are for ``likelihood.kind=codes``.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class FlatCodes:
         codes = np.asarray(codes)
         if codes.ndim != 2 or len(codes) != self.codebooks or codes.dtype.kind not in "iu":
             raise DataError(f"codes must be whole numbers [{self.codebooks}, frames], got {codes.dtype} {list(codes.shape)}")
-        if codes.size and (codes.min() < 0 or codes.max() >= self.words):
-            raise DataError(f"a code is {codes.min() if codes.min() < 0 else codes.max()}; they run from 0 to {self.words - 1}")
+        wrong = codes[(codes < 0) | (codes >= self.words)]
+        if wrong.size:
+            raise DataError(f"a code is {wrong[0]}; they run from 0 to {self.words - 1}")
         return " ".join(f"{k}:{code}" for frame in codes.T.tolist() for k, code in enumerate(frame))
 
     def read(self, text: str) -> np.ndarray:
@@ -68,10 +69,10 @@ class FlatCodes:
 
         spoken = sorted({word for caption in captions for word in caption.split()})
         played = [f"{k}:{code}" for k in range(self.codebooks) for code in range(self.words)]
-        made = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIALS, *spoken, *played])}, unk_token=UNKNOWN))
+        words = {word: i for i, word in enumerate([*SPECIALS, *spoken, *played])}
+        made = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
         made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token=PAD, bos_token=BEGIN, eos_token=END,
-                                            unk_token=UNKNOWN, model_max_length=longest,
-                                            additional_special_tokens=[PLAY])
+                                            unk_token=UNKNOWN, model_max_length=longest, additional_special_tokens=[PLAY])
         tokenizer.chat_template = TEMPLATE
         return tokenizer

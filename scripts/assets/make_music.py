@@ -5,8 +5,8 @@
 Three parts. The codec: transformers' EncodecModel trained as an autoencoder on synthesised clips (``rewards/clips.py``), then
 codebooks by residual k-means of its latents, then the decoder once more on what the codebooks leave. The language model: a
 small MusicgenForConditionalGeneration on the codec's codes; a share of its clips has one attribute wrong, on purpose, so that
-it leaves something to align. Preferences: its own samples for training captions, better ones against worse ones, as codes. A
-third of the captions is held out of the preferences (``is_held_out``). Everything is a function of the seed.
+it leaves something to align. Preferences: its own samples for training captions, better ones against worse ones, as codes.
+Validation pairs and the held-out captions are of others (``part_of``). Everything is a function of the seed.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def make_model(codec: EncodecModel, words: int, seed: int) -> MusicgenForConditi
 def train(model: MusicgenForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, steps: int, wrong: float, seed: int,
           batch: int = 16) -> None:
     """Cross-entropy of all codes; the text encoder learns along."""
-    captions, waves = drawn_clips(3000, seed, "music", wrong)
+    captions, waves = drawn_clips(6000, seed, "music", wrong)
     codes, delay = codes_of(model.audio_encoder, waves), Delay(codebooks=CODEBOOKS, start_id=WORDS)
     ids = tokenizer(captions, return_tensors="pt")["input_ids"]  # all captions have five words
 
@@ -230,9 +230,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("assets/tiny-music"), help="a model that is there is kept")
     parser.add_argument("--data", type=Path, default=Path("assets/music"))
     parser.add_argument("--codec", type=Path, default=Path("outputs/tiny-codec"), help="a codec that is there is kept")
-    parser.add_argument("--codec-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--each", type=int, default=64, help="samples of a training caption")
+    parser.add_argument("--codec-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=4800)
+    parser.add_argument("--each", type=int, default=128, help="samples of a training caption")
     parser.add_argument("--wrong", type=float, default=0.4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -242,7 +242,7 @@ def main() -> None:
         tokenizer = make_tokenizer()
         model = make_model(EncodecModel.from_pretrained(args.codec).eval(), len(tokenizer), args.seed)
         train(model, tokenizer, args.steps, args.wrong, args.seed)
-        model.save_pretrained(args.model)
+        model.half().save_pretrained(args.model)
         tokenizer.save_pretrained(args.model)
     spec = ModelSpec(pretrained_model_name_or_path=str(args.model), lora=None)
     denoiser, inputs = load_denoiser(spec), load_inputs(spec)

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 
 def source_of(folder, **options):
-    return Rewriter(**{"pretrained_model_name_or_path": str(folder), "instruction": "", "max_new_tokens": 9, "top_k": 0, **options})
+    return Rewriter(pretrained_model_name_or_path=str(folder), instruction="", max_new_tokens=9, top_k=0, **options)
 
 
 def codes_of(frames, seed):
