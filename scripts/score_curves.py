@@ -1,7 +1,7 @@
 """Score against seconds and against denoiser passes while DPO, LPO, SPO and TailorPO train on the embedded model.
 
-    OMP_NUM_THREADS=1 python scripts/step_level_curves.py run --out runs/curves
-    python scripts/step_level_curves.py table --out runs/curves --docs docs/step_level.md \\
+    OMP_NUM_THREADS=1 python scripts/score_curves.py run --out runs/curves
+    python scripts/score_curves.py table --out runs/curves --docs docs/step_level.md \\
                                                 --figure assets/figures/step_level.png
 
 Call it from the repository root. The runs are interleaved: all methods with the first seed, then all with the next. At equal
@@ -47,7 +47,7 @@ from diffalign.world import world_of
 
 RECIPES = {"dpo": "configs/quickstart.yaml", "lpo": "configs/tiny/lpo.yaml", "spo": "configs/tiny/spo.yaml",
            "tailorpo": "configs/tiny/tailorpo.yaml"}
-BEGIN, END = "<!-- curves: written by scripts/step_level_curves.py table -->", "<!-- end of curves -->"
+BEGIN, END = "<!-- curves: written by scripts/score_curves.py table -->", "<!-- end of curves -->"
 COLOURS = ("#16181d", "#2563eb", "#0a7d4f", "#b45309", "#7c3aed", "#0891b2")
 
 
@@ -132,10 +132,11 @@ class Exam:
         return np.nanmean(side.scores, axis=1).tolist()
 
 
-def chosen(text: str) -> tuple[str, str]:
-    """NAME or NAME=RECIPE."""
-    name, _, path = text.partition("=")
-    return name, path or RECIPES[name]
+def chosen(text: str) -> tuple[str, str, list[str]]:
+    """NAME or NAME=RECIPE, and options for it alone, each after a blank."""
+    first, *options = text.split()
+    name, _, path = first.partition("=")
+    return name, path or RECIPES[name], options
 
 
 def run(args) -> None:
@@ -147,12 +148,12 @@ def run(args) -> None:
         write_json(out / "base.json", {"scores": exam(None), "model": model_identity(base.model), "prompts": args.prompts})
         print("base", np.mean(json.loads((out / "base.json").read_text())["scores"]), flush=True)
     for seed in map(int, args.seeds.split(",")):
-        for name, path in (chosen(text) for text in args.methods.split(",")):
+        for name, path, options in map(chosen, args.methods or RECIPES):
             file, folder = out / f"{name}-seed{seed}.json", out / f"{name}-seed{seed}"
             if file.is_file():
                 continue
             recipe = load_recipe(path, [f"output_dir={folder}", f"data.cache_dir={out / 'cache'}", f"seed={seed}",
-                                                 "data.validation=null", *args.options])
+                                                 "data.validation=null", *options])
             marks = trained(recipe, folder, args.marks)
             for mark in marks:
                 mark["scores"] = exam(folder / "marks" / f"step{mark['step']}" / LORA_FILE)
@@ -169,7 +170,7 @@ def results(out: Path) -> dict[str, list[dict]]:
         run = json.loads(file.read_text(encoding="utf-8"))
         found.setdefault(run["method"], []).append(run)
     if not found:
-        raise ConfigError(f"{out}: holds no results; run `python scripts/step_level_curves.py run --out {out}` first")
+        raise ConfigError(f"{out}: holds no results; run `python scripts/score_curves.py run --out {out}` first")
     return found
 
 
@@ -226,12 +227,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "table"])
     parser.add_argument("--out", default="runs/curves")
-    parser.add_argument("--methods", default=",".join(RECIPES), help="NAME or NAME=RECIPE, separated by commas")
+    parser.add_argument("--method", dest="methods", action="append", metavar="'NAME[=RECIPE] [OPTION=VALUE ...]'",
+                        help="again for each; without it all of " + ", ".join(RECIPES))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--prompts", default="heldout", choices=["heldout", "validation"])
     parser.add_argument("--pictures", type=int, default=2, help="a prompt")
     parser.add_argument("--marks", type=int, default=3)
-    parser.add_argument("--set", dest="options", action="append", default=[], metavar="OPTION=VALUE")
     parser.add_argument("--docs", type=Path, help="where the table goes, between its two markers")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
