@@ -607,7 +607,7 @@ def _words(annotation) -> str:
 
 
 def _did_you_mean(word: str, known: typing.Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6) or [name for name in known if word and word in name.split("_")]
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6) or [name for name in known if word in name.split("_")]
     return f' Did you mean "{near[0]}"?' if near else ""
 
 
