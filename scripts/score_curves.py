@@ -1,8 +1,8 @@
-"""Score against seconds and against denoiser passes while DPO, LPO, SPO and TailorPO train on the embedded model.
+"""Score against seconds and against denoiser passes while recipes train on the embedded model: by default DPO, LPO, SPO and
+TailorPO.
 
     OMP_NUM_THREADS=1 python scripts/score_curves.py run --out runs/curves
-    python scripts/score_curves.py table --out runs/curves --docs docs/step_level.md \\
-                                                --figure assets/figures/step_level.png
+    python scripts/score_curves.py table --out runs/curves --docs docs/step_level.md --figure assets/figures/step_level.png
 
 Call it from the repository root. The runs are interleaved: all methods with the first seed, then all with the next. At equal
 shares of its steps a run's LoRA is put aside with what the training had cost until then: wall seconds, CPU seconds of the
@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from compare_table import FAINT, INK, axes, put, save
+from scipy.stats import ttest_1samp
 
 from diffalign.cli import _quiet_libraries
 from diffalign.config import Recipe, as_tree, load_recipe
@@ -184,11 +185,11 @@ def scores(runs: list[dict]) -> np.ndarray:
     return np.asarray([[mark["scores"] for mark in run["marks"]] for run in runs])
 
 
-def table(out: Path) -> str:
-    """A row a method and mark; the difference to DPO's last mark is paired over prompts, with a bootstrap over them."""
+def table(out: Path, goal_of: str = "dpo") -> str:
+    """A row a method and mark; the difference to the goal's last mark is paired over prompts, with a bootstrap over them."""
     found, base = results(out), json.loads((out / "base.json").read_text(encoding="utf-8"))
-    goal = scores(found["dpo"]).mean(0)[-1] if "dpo" in found else None
-    head = ("method", "steps", "passes", "CPU seconds", "wall seconds", "score (runs)", "less DPO's last [95 %]")
+    goal = scores(found[goal_of]).mean(0)[-1] if goal_of in found else None
+    head = ("method", "steps", "passes", "CPU seconds", "wall seconds", "score (runs)", f"less {goal_of}'s last [95 %]")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, runs in found.items():
         columns = [means(runs, what) for what in ("step", "passes", "cpu_seconds", "seconds")]
@@ -201,8 +202,34 @@ def table(out: Path) -> str:
                 apart = f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
             lines.append(f"| {name} | {step:.0f} | {passes:,.0f} | {cpu:.0f} | {wall:.0f} | **{at.mean():.3f}** "
                          f"({', '.join(f'{score:.3f}' for score in at)}) | {apart} |")
+    if goal is not None and len(found[goal_of]) > 1:
+        lines += ["", *reached(found, goal_of, float(np.mean(base["scores"])))]
     start = f"Base: {np.mean(base['scores']):.3f} on {len(base['scores'])} prompts ({base['prompts']})."
     return "\n".join([start, "", *lines])
+
+
+def reached(found: dict[str, list[dict]], goal_of: str, base: float) -> list[str]:
+    """Passes to the goal's last score, by the straight lines between the marks of the runs' mean; and the mean score over the
+    marks, whose difference to the goal's is paired by seed, with Student's interval."""
+    level, paired = scores(found[goal_of])[:, -1].mean(), {run["seed"]: run for run in found[goal_of]}
+    lines = [f"| method | passes to {goal_of}'s last score, {level:.3f} | mean over the marks, less {goal_of}'s "
+             "[95 % over seeds] |", "|---|---|---|"]
+    for name, runs in found.items():
+        passes, means_at = [0.0, *means(runs, "passes")], [base, *scores(runs).mean((0, 2))]
+        first = next((i for i, score in enumerate(means_at) if score >= level), None)
+        need = f"not in {passes[-1]:,.0f}" if first is None else f"{_between(passes, means_at, first, level):,.0f}"
+        both = [run for run in runs if run["seed"] in paired]
+        apart = scores(both).mean((1, 2)) - scores([paired[run["seed"]] for run in both]).mean((1, 2))
+        cell = ""
+        if name != goal_of and len(both) > 1:
+            low, high = ttest_1samp(apart, 0).confidence_interval()
+            cell = f"{apart.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append(f"| {name} | {need} | {cell} |")
+    return lines
+
+
+def _between(passes: list[float], at: list[float], first: int, level: float) -> float:
+    return float(np.interp(level, at[first - 1:first + 1], passes[first - 1:first + 1]))
 
 
 def figure(out: Path, path: Path) -> None:
@@ -233,13 +260,14 @@ def main() -> None:
     parser.add_argument("--prompts", default="heldout", choices=["heldout", "validation"])
     parser.add_argument("--pictures", type=int, default=2, help="a prompt")
     parser.add_argument("--marks", type=int, default=3)
+    parser.add_argument("--goal", default="dpo", help="the method that the others are compared with")
     parser.add_argument("--docs", type=Path, help="where the table goes, between its two markers")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     if args.command == "run":
         run(args)
         return
-    text = table(Path(args.out))
+    text = table(Path(args.out), args.goal)
     print(text)
     if args.figure:
         figure(Path(args.out), args.figure)
