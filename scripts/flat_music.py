@@ -61,9 +61,10 @@ class Heard:
         return codes if codes.shape[1] == FRAMES else None
 
 
-def clips_of(source: Rewriter, captions: Sequence[str], each: int, seed: int) -> list[list[str]]:
+def clips_of(source: Rewriter, flat: FlatCodes, captions: Sequence[str], each: int, seed: int) -> list[list[str]]:
     """``each`` samples of every caption, as text."""
-    writer, asked = Writer(source), [caption for caption in captions for _ in range(each)]
+    writer = Writer(source, allowed=flat.allowed(source.tokenizer()))
+    asked = [caption for caption in captions for _ in range(each)]
     texts = [text for at in range(0, len(asked), ROWS) for text in writer.sample(asked[at:at + ROWS], seed + at)]
     return [texts[at:at + each] for at in range(0, len(texts), each)]
 
@@ -82,7 +83,7 @@ def tuned(args: argparse.Namespace, source: Rewriter, heard: Heard) -> dict:
     captions = [clip.caption for clip in every_clip() if part_of(clip) == "train"]
     if args.trainer == "grpo":
         return tuning.grpo(source, captions * args.visits, heard, GRPO, args.out, seed=args.seed, cpu=True)
-    rows = pairs(captions, clips_of(source, captions, args.samples, args.seed), heard)
+    rows = pairs(captions, clips_of(source, heard.flat, captions, args.samples, args.seed), heard)
     if not rows:
         raise DataError(f"{args.model}: no sample is better than another of its caption; draw more (--samples)")
     return tuning.dpo(source, rows, DPO, args.out, seed=args.seed, cpu=True)
@@ -108,11 +109,11 @@ def main(argv: list[str] | None = None) -> int:
         inputs = load_inputs(ModelSpec(pretrained_model_name_or_path=str(args.music)))
         heard = Heard(inputs=inputs, flat=FlatCodes(codebooks=inputs.codebooks, words=inputs.words))
         source = Rewriter(pretrained_model_name_or_path=str(args.model), instruction="", top_k=0,
-                          max_new_tokens=inputs.codebooks * FRAMES + 1)
+                          max_new_tokens=inputs.codebooks * FRAMES)
         prompts = read_prompts(str(args.prompts)).texts
         write_json(args.out / "stage.json", tuned(args, source, heard))
         scores = [np.array([heard([prompt] * args.each, texts) for prompt, texts in
-                            zip(prompts, clips_of(model, prompts, args.each, args.seed + 10_000), strict=True)])
+                            zip(prompts, clips_of(model, heard.flat, prompts, args.each, args.seed + 10_000), strict=True)])
                   for model in (source, dataclasses.replace(source, pretrained_model_name_or_path=str(args.out / "model")))]
         result = paired(*scores, seed=args.seed)
         write_json(args.out / "music.json", dataclasses.asdict(result))

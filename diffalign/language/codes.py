@@ -4,7 +4,7 @@ speak them and TRL can train it. MusicGen's own delayed codebooks are for ``like
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,11 @@ class FlatCodes:
         if not code.isdecimal() or int(code) >= self.words or word != f"{codebook}:{int(code)}":
             raise DataError(f"word {place} is {word[:20]!r}; its place is that of a code of codebook {codebook}")
         return int(code)
+
+    def allowed(self, tokenizer: PreTrainedTokenizerFast) -> Callable[[int], list[int]]:
+        """For ``Writer``: the codebooks in their turn, so that what is sampled is a clip of whole frames, however long."""
+        turns = [tokenizer.convert_tokens_to_ids([f"{k}:{code}" for code in range(self.words)]) for k in range(self.codebooks)]
+        return lambda place: turns[place % self.codebooks]
 
     def tokenizer(self, captions: Iterable[str], longest: int) -> PreTrainedTokenizerFast:
         """A token for each word of the captions and of the codes, with the chat template that TRL and ``Rewriter`` ask for.

@@ -47,8 +47,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def source_of(folder, **options):
-    return Rewriter(pretrained_model_name_or_path=str(folder), instruction="", max_new_tokens=9, top_k=0, **options)
+def source_of(folder, longest=9):
+    return Rewriter(pretrained_model_name_or_path=str(folder), instruction="", max_new_tokens=longest, top_k=0)
 
 
 def codes_of(frames, seed):
@@ -79,6 +79,14 @@ def test_a_word_is_a_token_and_the_model_writes_it_back(folder):
     assert tokenizer.convert_ids_to_tokens(ids) == [BEGIN, "slow", "low", PLAY, *text.split(), END]
     assert tokenizer.unk_token_id not in ids and np.array_equal(FLAT.read(tokenizer.decode(ids[4:-1])), codes_of(5, 0))
     assert len(Writer(source_of(folder)).sample(["slow low", "fast high"], seed=0)) == 2
+
+
+def test_samples_of_codebooks_in_turn_are_whole_clips(folder):
+    """Also of a model that never learned the order, and of captions that are padded to one length."""
+    source = source_of(folder, longest=8)
+    texts = Writer(source, allowed=FLAT.allowed(source.tokenizer())).sample(["slow", "fast high", "high high low"], seed=0)
+    assert [FLAT.read(text).shape for text in texts] == [(2, 4)] * 3
+    assert len({*texts, *Writer(source).sample(["slow"], seed=0)}) == 4
 
 
 @pytest.mark.parametrize(("text", "message"), [
