@@ -34,8 +34,8 @@ from diffalign.rewards.clips import FRAME, SAMPLES, Clips, every_clip, part_of
 
 FRAMES, ROWS = SAMPLES // FRAME, 96  # ROWS: clips that are drawn at once
 QUICK = {"gradient_accumulation_steps": 1, "max_length": 512, "checkpointing_steps": 1000}
-DPO = DpoSpec(epochs=2, learning_rate=1e-3, batch_size=16, beta=0.1, **QUICK)
-GRPO = GrpoSpec(epochs=2, learning_rate=1e-3, batch_size=32, generations=8, **QUICK)
+DPO = DpoSpec(epochs=1, learning_rate=5e-4, batch_size=16, beta=0.1, **QUICK)
+GRPO = GrpoSpec(epochs=1, learning_rate=5e-4, batch_size=32, generations=8, **QUICK)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=Path("assets/tiny-flat-music"))
     parser.add_argument("--music", type=Path, default=Path("assets/tiny-music"), help="the codec")
     parser.add_argument("--prompts", type=Path, default=Path("assets/music/heldout_prompts.txt"))
-    parser.add_argument("--samples", type=int, default=32, help="clips of a training caption that make pairs")
-    parser.add_argument("--visits", type=int, default=4, help="times that GRPO meets each training caption in an epoch")
+    parser.add_argument("--samples", type=int, default=128, help="clips of a training caption that make pairs")
+    parser.add_argument("--visits", type=int, default=4, help="times that GRPO meets each training caption")
     parser.add_argument("--each", type=int, default=16, help="clips for each held-out caption and model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
