@@ -21,7 +21,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -41,6 +41,7 @@ MODELS = {"pickapic": ("model_0", "model_1"), "pickapic_scored": ("model_0", "mo
 PICTURES = (("jpg_0", "jpg_1"), ("chosen", "rejected"), ("images",), ("image",))
 SCORED = ".scored.jsonl"  # the ending of what `diffalign score` writes beside a table, which stays the table
 USERS = ("user_id", "user")
+NO_NOTES: Mapping[str, type] = {}
 NAMED = 1000  # bad rows kept by name; beyond it they are only counted
 
 
@@ -79,7 +80,7 @@ class Row:
     where: str
     models: tuple[str | None, ...] = ()
     user: str | None = None
-    notes: dict[str, str | float] = field(default_factory=dict)
+    notes: dict[str, str | int] = field(default_factory=dict)
 
     @property
     def tie(self) -> bool:
@@ -124,9 +125,11 @@ def has_validation(spec: DataSpec) -> bool:
 
 
 def read_rows(spec: DataSpec, tally: Tally, *, part: str = "train", seed: int = 0,
-              candidates: Literal["pictures", "texts", "clips"] = "pictures", notes: tuple[str, ...] = ()) -> Iterator[Row]:
+              candidates: Literal["pictures", "texts", "clips"] = "pictures",
+              notes: Mapping[str, type] = NO_NOTES) -> Iterator[Row]:
     """Rows of ``part`` ("train" or "validation") in file order, ties treated as ``spec.ties`` says. candidates: what a row
-    compares: files of pictures, texts, or clips (files, or arrays of codec tokens). notes: further columns, texts or numbers.
+    compares: files of pictures, texts, or clips (files, or arrays of codec tokens). notes: further columns, each a str or an
+    int; a row without a value is read without it.
 
     Raises DataError: unreadable or empty data set, no preference column, a bad row or a tie where those are refused.
     """
@@ -199,7 +202,8 @@ def nothing_left(spec: DataSpec, tally: Tally, part: str) -> DataError:
                      f"{tally.unlabelled} without a label" + (f"; first: {tally.bad[0]}" if tally.bad else ""))
 
 
-def _labelled(spec: DataSpec, tally: Tally, part: str, candidate: Callable, notes: tuple[str, ...]) -> Iterator[Row]:
+def _labelled(spec: DataSpec, tally: Tally, part: str, candidate: Callable,
+              notes: Mapping[str, type]) -> Iterator[Row]:
     """Every well-formed row, ties included; bad ones refused or skipped. candidate: reads a value of a row, as ``_image``."""
     layout = None
     for number, where, root, record in _records(spec, part):
@@ -251,7 +255,7 @@ class _Field(Exception):
 
 
 def _row(number: int, where: str, root: Path | None, columns: dict, layout: str, candidate: Callable,
-         notes: tuple[str, ...] = ()) -> Row:
+         notes: Mapping[str, type]) -> Row:
     def picture(value, column: str) -> ImageRef | str | np.ndarray:
         return candidate(value, column, root, where)
 
@@ -261,7 +265,7 @@ def _row(number: int, where: str, root: Path | None, columns: dict, layout: str,
         if not all(map(math.isfinite, utility)):
             raise _Field("scores", "a score is too large for float32")
         prompt = _prompt(columns)
-        noted = {name: _note(columns[name], name) for name in notes if columns.get(name) is not None}
+        noted = {name: _note(columns[name], name, kind) for name, kind in notes.items() if columns.get(name) is not None}
     except _Field as error:
         raise DataError(f"{where}: {error.args[0]}: {error.args[1]}") from None
     tied = len(utility) > 1 and min(utility) == max(utility)
@@ -420,8 +424,13 @@ def _user(columns: dict) -> str | None:
     return None if value is None or isinstance(value, (dict, list, bytes)) else str(value) or None
 
 
-def _note(value, column: str) -> str | float:
-    return _number(value, column) if isinstance(value, (int, float)) else _text(value, column)
+def _note(value, column: str, kind: type) -> str | int:
+    if kind is str:
+        return _text(value, column)
+    number = _number(value, column)
+    if number != int(number):
+        raise _Field(column, f"a whole number is needed, got {number:g}")
+    return int(number)
 
 
 def _text(value, column: str, root: Path | None = None, where: str = "") -> str:

@@ -18,6 +18,7 @@ import torch
 
 from .. import _compat  # noqa: F401  (before diffusers)
 from ..errors import ModelError, first_line
+from .ace_step import AceStep
 from .audio_dit import StableAudio
 from .audio_unet import AudioLDM2
 from .base import Adapter, Denoiser, unwrap
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 FAMILIES: dict[str, type[Adapter]] = {"sd": SD, "sdxl": SDXL, "sd3": SD3, "stable_audio": StableAudio,
-                                      "audioldm2": AudioLDM2}
+                                      "audioldm2": AudioLDM2, "ace_step": AceStep}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -154,15 +155,16 @@ def model_identity(spec: ModelSpec) -> str:
 
 def is_distilled(spec: ModelSpec) -> bool:
     """Whether the base draws in a few steps, as far as its files tell: a fused LoRA, a few-step scheduler, SDXL-Turbo's
-    (ancestral, ending on the noisiest step), or a UNet that is told the guidance (LCM). Raises ModelError."""
+    (ancestral, ending on the noisiest step), a UNet that is told the guidance (LCM), ACE-Step's turbo. Raises ModelError."""
     if spec.distilled is not None:
         return spec.distilled
     folder, adapter = inspect(spec)
     scheduler = folder.components.get("scheduler", (None, None))[1]
     trailing = folder.config("scheduler").get("timestep_spacing") == "trailing"
+    config = folder.config(adapter.component)
     return bool(spec.fuse_lora or scheduler in ("LCMScheduler", "TCDScheduler")
                 or (scheduler == "EulerAncestralDiscreteScheduler" and trailing)
-                or folder.config(adapter.component).get("time_cond_proj_dim"))
+                or config.get("time_cond_proj_dim") or config.get("is_turbo") or config.get("model_version") == "turbo")
 
 
 def save_pipeline(spec: ModelSpec, denoiser: Denoiser, folder: Path | str) -> Path:

@@ -168,6 +168,7 @@ def save_lora(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str], 
     ``<stem>_comfy.safetensors``: kohya's layout with an alpha per layer. SD and SDXL: ``lora_unet_<diffusers name>``, read
     by stock diffusers (tested) and, from reading their sources, by ComfyUI and A1111. SD3: ``lora_transformer_<name>``,
     in ComfyUI's key map for SD3 (comfy/lora.py, read, not run); diffusers does not read it and A1111 was not looked at.
+    Families without a ``kohya_prefix`` get the first file alone.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,6 +178,8 @@ def save_lora(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str], 
     said = {**metadata, "format": "pt", "rank": str(rank)}
     write_tensors(files[0], _diffusers_layout(denoiser, state, alpha / rank),
            said | {"alpha": str(rank), "trained_alpha": f"{alpha:g}"})
+    if not denoiser.kohya_prefix:
+        return files[:1]
     write_tensors(files[1], kohya_layout(denoiser, state, alpha),
            _kohya_metadata(denoiser, rank, alpha) | said | {"alpha": f"{alpha:g}"})
     return files

@@ -43,7 +43,7 @@ class SoundAdapter(Adapter):
     audio = True
     pooled_is_projected = False
     seconds: ClassVar[str]                  # what the pipeline calls the length of a clip
-    notes: ClassVar[tuple[str, ...]] = ()   # columns of a row that the pipeline reads beside the caption
+    notes: ClassVar[dict[str, type]] = {}   # columns of a row that the pipeline reads beside the caption: str or int
 
     @staticmethod
     def clips(pipe) -> Clips:
