@@ -57,15 +57,6 @@ class AudioLDM2(SoundAdapter):
         return unsupported(config, scheduler_config)
 
     @staticmethod
-    def encode(pipe, prompts: list[str]) -> tuple[Tensor, None]:
-        """What GPT-2 says, prompt by prompt: padding to the longest of several would move its positions."""
-        return torch.cat([_said(pipe, prompt)[2] for prompt in prompts]), None
-
-    @staticmethod
-    def unconditional(pipe) -> tuple[Tensor, None]:
-        return AudioLDM2.encode(pipe, [""])
-
-    @staticmethod
     def clips(pipe) -> Clips:
         """All latents are of one length, as in its training: a shorter clip is a full one whose end is silent."""
         config = pipe.vocoder.config
@@ -82,10 +73,11 @@ class AudioLDM2(SoundAdapter):
     @staticmethod
     @torch.no_grad()
     def told(encoders: Encoders, caption: str, notes: Mapping[str, Any], samples: int) -> tuple[np.ndarray, Arrays]:
+        """One caption at a time: padding to the longest of several would move the positions at which GPT-2 goes on."""
         pipe = encoders.pipe
         for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
             counted(tokenizer, caption, tokenizer.model_max_length, "the prompt")
-        t5, attended, generated = _said(pipe, caption)
+        t5, attended, generated = pipe.encode_prompt([caption], encoders.device, 1, False)
         return array(generated[0]), {"t5": array(t5[0]), "attended": array(attended[0])}
 
 
@@ -108,11 +100,6 @@ def log_mel(wave: np.ndarray, hop: int, mels: int) -> np.ndarray:
     bins = mel_filter_bank(WINDOW // 2 + 1, mels, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
     return spectrogram(wave, window_function(WINDOW, "hann"), frame_length=WINDOW, hop_length=hop, power=1.0, center=False,
                        mel_filters=bins, mel_floor=FLOOR, log_mel="log").T.astype(np.float32)
-
-
-def _said(pipe, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
-    """T5's states [1, L, D'], their mask [1, L], GPT-2's states [1, 8, D]."""
-    return pipe.encode_prompt([prompt], pipe.text_encoder_2.device, 1, False)
 
 
 def _recompute(layer: nn.Module, *args):

@@ -36,8 +36,8 @@ class Clips:
 
 
 class SoundAdapter(Adapter):
-    """Beside the methods of ``Adapter`` a family of sound writes ``clips`` and ``told``, and ``posterior`` and ``timing`` if
-    they are not as here. Arrays of ``told`` may differ in their first axis: a batch fills them up with zeros.
+    """A family of sound writes ``clips`` and ``told`` in place of ``encode`` and ``unconditional``, and ``posterior`` and
+    ``timing`` if they are not as here. Arrays of ``told`` may differ in their first axis: a batch fills them up with zeros.
     """
 
     audio = True

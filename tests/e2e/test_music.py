@@ -115,11 +115,15 @@ def test_other_sounds_with_the_keys_of_pictures(tmp_path, tiny, samples, columns
         assert facts["heldout"]["before"] == 0.5  # policy = reference
         if (folder / "run" / file).is_file():
             weights[run] = load_file(folder / "run" / file)
-    lines = [json.loads(line) for line in (tmp_path / "whole/run/metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and all(abs(loss - losses[0]) > 0.01 for loss in losses[1:])
+    def losses(run):
+        lines = [json.loads(line) for line in (tmp_path / run / "run/metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    assert losses("whole")[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert all(abs(loss - losses("whole")[0]) > 0.01 for loss in losses("whole")[1:])
     assert all(torch.equal(x, weights["cut"][name]) for name, x in weights["whole"].items())
-    assert same(weights["whole"], weights["halves"])
+    # not the weights: Adam makes full steps of gradients that are zero but for rounding (a bias before a group norm)
+    assert losses("halves") == pytest.approx(losses("whole"), rel=1e-4)
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

@@ -20,7 +20,7 @@ from diffalign.sampling.sound import clips, longest, rate_of
 from diffalign.types import Cond
 from tests.models.tiny_ace_step import CHANNELS, HOP, RATE, make
 
-FRAMES = 11  # an odd number: the transformer fills up its patches of two
+FRAMES = 33  # 2.06 s, of which it is told 2; an odd number: the transformer fills up its patches of two
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def test_gpt2_is_asked_one_prompt_at_a_time(made):
     pipe, _, encoders, _ = made
     alone, batch = pipe.encode_prompt(["c"], "cpu", 1, False)[2], pipe.encode_prompt(["a b d", "c"], "cpu", 1, False)[2]
     assert not torch.allclose(alone[0], batch[1], atol=1e-2)
-    assert torch.allclose(encoders.encode_prompts(["a b d", "c"])[0][1], alone[0], atol=1e-6)
+    assert torch.allclose(cond_of(encoders, "a b d", "c").tokens[1], alone[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
