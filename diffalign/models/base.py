@@ -55,7 +55,7 @@ class Adapter:
     pipeline: ClassVar[str]                 # diffusers pipeline class
     component: ClassVar[str]                # the denoiser's name in that pipeline
     module_class: ClassVar[str]             # the denoiser's diffusers class
-    library: ClassVar[str] = "diffusers"    # what model_index.json calls the place of that class
+    library: ClassVar[str] = "diffusers"    # what model_index.json may also call the place of that class
     texts: ClassVar[tuple[str, ...]]        # text encoders and tokenizers that the pipeline cannot do without
     lora_targets: ClassVar[tuple[str, ...]]
     pooled_is_projected: ClassVar[bool]     # whether the pooled prompt has gone through the encoder's CLIP projection

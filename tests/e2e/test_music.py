@@ -123,7 +123,7 @@ def test_other_sounds_with_the_keys_of_pictures(tmp_path, tiny, samples, columns
     assert all(abs(loss - losses("whole")[0]) > 0.01 for loss in losses("whole")[1:])
     assert all(torch.equal(x, weights["cut"][name]) for name, x in weights["whole"].items())
     # not the weights: Adam makes full steps of gradients that are zero but for rounding (a bias before a group norm)
-    assert losses("halves") == pytest.approx(losses("whole"), rel=1e-4)
+    assert losses("halves") == pytest.approx(losses("whole"), rel=1e-3)
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
