@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
 from ..types import Cond
@@ -108,7 +107,6 @@ def _recompute(layer: nn.Module, *args):
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     if not isinstance(layer, Transformer2DModel):
-        return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
     hidden, states, _, _, _, own, mask = args
-    return checkpoint(layer, hidden, states, attention_mask=own, encoder_attention_mask=mask, return_dict=False,
-                      use_reentrant=False)
+    return layer(hidden, states, attention_mask=own, encoder_attention_mask=mask, return_dict=False)
