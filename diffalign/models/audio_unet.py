@@ -58,7 +58,9 @@ class AudioLDM2(SoundAdapter):
     @staticmethod
     def clips(pipe) -> Clips:
         """All latents are of one length, as in its training: a shorter clip is a full one whose end is silent."""
-        config = pipe.vocoder.config
+        config, text = pipe.vocoder.config, type(pipe.text_encoder_2).__name__
+        if text != "T5EncoderModel":
+            raise ModelError(f"this AudioLDM 2 reads its second text by a {text}, and T5EncoderModel is what is supported")
         if config.sampling_rate != RATE:
             raise ModelError(f"this AudioLDM 2 makes {config.sampling_rate} Hz, and its front end is known for {RATE} Hz only")
         full = pipe.unet.config.sample_size * pipe.vae_scale_factor * hop_of(pipe)

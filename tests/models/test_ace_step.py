@@ -36,12 +36,13 @@ def spec_of(folder, **options):
 def cond_of(encoders, *captions, frames=FRAMES):
     """As batches bring it. captions: (caption, notes)."""
     told = [encoders.adapter.told(encoders, caption, notes, frames * HOP) for caption, notes in captions]
+    silence = torch.from_numpy(encoders.adapter.beside(encoders, frames * HOP)["silence"]).repeat(len(told), 1, 1)
 
     def padded(arrays):
         return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(one) for one in arrays], batch_first=True)
 
     return Cond(tokens=padded([tokens for tokens, _ in told]),
-                extra={name: padded([extra[name] for _, extra in told]) for name in ("attended", "silence")})
+                extra={"attended": padded([extra["attended"] for _, extra in told]), "silence": silence})
 
 
 def drawn(pipe, caption, steps, guidance, latents, **options):
@@ -219,6 +220,7 @@ def test_rows_with_lyrics_and_of_several_lengths(made, tmp_path):
     assert batch.cond.extra["attended"].sum(-1).tolist() == [[len(here[0])] * 2, [len(none[0])] * 2]
     assert torch.equal(batch.cond.tokens[1, :len(none[0])], torch.from_numpy(none[0]))
     assert sounds(np.array([2]), np.array([0])).x0.shape == (1, 2, 24, CHANNELS)
+    assert sounds._groups[0].told["silence"] is sounds._groups[1].told["silence"]  # held once
     samples = np.round(0.5 * np.sin(np.arange(48)) * 32767) / 32768
     with torch.no_grad():
         posterior = encoders.pipe.vae.encode(torch.from_numpy(samples).float().expand(1, 2, -1)).latent_dist

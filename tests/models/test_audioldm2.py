@@ -10,7 +10,7 @@ from diffalign.data.audio import write_wav
 from diffalign.data.sound import read_sounds
 from diffalign.data.spec import DataSpec
 from diffalign.errors import DataError, ModelError
-from diffalign.models.audio_unet import log_mel
+from diffalign.models.audio_unet import AudioLDM2, log_mel
 from diffalign.models.base import enable_gradient_checkpointing
 from diffalign.models.load import load_denoiser, load_encoders, load_pipeline, model_identity, save_pipeline
 from diffalign.models.spec import LoRA, ModelSpec
@@ -279,3 +279,13 @@ def test_another_rate_and_another_denoiser_are_refused(made, tmp_path):
                 read_sounds(rows_of(tmp_path / "rows", chosen=wave(9), rejected=wave(9)), load_encoders(spec_of(tmp_path)))
     with pytest.raises(ModelError, match="class_embed_type='timestep'"):
         load_denoiser(spec_of(tmp_path))
+
+
+def test_speech_is_refused(made):
+    from types import SimpleNamespace
+
+    class VitsModel:
+        pass
+
+    with pytest.raises(ModelError, match="reads its second text by a VitsModel"):
+        AudioLDM2.clips(SimpleNamespace(vocoder=made[0].vocoder, text_encoder_2=VitsModel()))
