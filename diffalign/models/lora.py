@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _compat  # noqa: F401  (before diffusers)
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, first_line
 from .base import Denoiser, unwrap
 from .folder import check_weights
 from .spec import PEFT, LoRA
@@ -179,6 +179,20 @@ def write_peft(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str],
               "target_modules": targets, "base_model_name_or_path": None, "inference_mode": True}
     write_tensors(folder / PEFT, state, {**metadata, "format": "pt", "rank": str(rank)})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def merge_peft(module: nn.Module, folder: Path, name: str) -> nn.Module:
+    """``module``, of the model ``name``, with the LoRA of ``write_peft`` added into its weights. Raises ModelError."""
+    from peft import PeftModel
+
+    check_weights([folder / PEFT], str(folder))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(module, str(folder)).merge_and_unload()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, UserWarning) as error:
+        raise ModelError(f"{folder / PEFT}: does not fit {name} ({first_line(error)}); name the model that it was trained "
+                         "on") from error
 
 
 def kohya_layout(denoiser: Denoiser, state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from ..config import Evaluation, Recipe
 from ..errors import ConfigError
 from ..evaluate.compare import Stage, adapters_off
+from ..evaluate.medium import PICTURES, Medium
 from ..evaluate.sides import Draw, as_draw
 from ..evaluate.spec import ALIGNED, BASE, Entrant, EvaluateSpec, strength_side
 from ..models.folder import check_weights, content, digest, weight_files
@@ -61,6 +62,7 @@ class Entrants:
     models: dict[str, Model]
     compared: tuple[str, ...]
     strengths: dict[str, float] = field(default_factory=dict)
+    medium: ClassVar[Medium] = PICTURES
 
     @classmethod
     def of(cls, recipe: Recipe | Evaluation) -> Entrants:
@@ -71,6 +73,9 @@ class Entrants:
         compared = tuple(models)[1:]
         swept, strengths = _swept(models, compared[0], spec.strengths)
         return cls(models=models | swept, compared=compared, strengths=strengths)
+
+    def drawn_with(self, spec: EvaluateSpec) -> None:
+        """As pipelines are called."""
 
     def stages(self, spec: EvaluateSpec, device: torch.device | str) -> list[Stage]:
         """One for each pipeline; a pipeline stays in memory until another is needed."""
@@ -111,7 +116,8 @@ class _Pipelines:
             torch.cuda.empty_cache()
         pipe = load_pipeline(model.spec)
         if model.weights:
-            _replace_weights(pipe, model)
+            put_weights(getattr(pipe, inspect(model.spec)[1].component), model.weights,
+                        model.spec.pretrained_model_name_or_path)
         spec = self.spec
         if spec.scheduler or spec.timestep_spacing:
             own = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
@@ -161,11 +167,7 @@ def _entrant(recipe: Recipe | Evaluation, name: str, entrant: Entrant) -> Model:
 
 def _checkpoint(recipe: Recipe | Evaluation, option: str, entrant: Entrant) -> Model:
     """A checkpoint's weights: the LoRA or folder that people use; where it has none of these (above 1 GiB), the loop's own."""
-    folder = Path(recipe.output_dir) / f"checkpoint-{entrant.checkpoint}"
-    if not folder.is_dir():
-        there = ", ".join(path.name for path in checkpoints(folder.parent)) or "none"
-        raise ConfigError(f"{option}: there is no {folder} (there: {there}); older ones are removed, see "
-                          "train.checkpoints_total_limit")
+    folder = checkpoint_folder(recipe, option, entrant.checkpoint)
     if (folder / LORA_FILE).is_file():
         return Model(spec=recipe.model, lora=folder / LORA_FILE, scale=entrant.lora_scale)
     component = inspect(recipe.model)[1].component
@@ -177,17 +179,27 @@ def _checkpoint(recipe: Recipe | Evaluation, option: str, entrant: Entrant) -> M
     return Model(spec=recipe.model, weights=(own,))
 
 
-def _replace_weights(pipe, model: Model) -> None:
+def checkpoint_folder(recipe: Recipe | Evaluation, option: str, number: int) -> Path:
+    """Raises ConfigError naming those that are there."""
+    folder = Path(recipe.output_dir) / f"checkpoint-{number}"
+    if not folder.is_dir():
+        there = ", ".join(path.name for path in checkpoints(folder.parent)) or "none"
+        raise ConfigError(f"{option}: there is no {folder} (there: {there}); older ones are removed, see "
+                          "train.checkpoints_total_limit")
+    return folder
+
+
+def put_weights(module: torch.nn.Module, files: tuple[Path, ...], name: str) -> None:
+    """The policy's tensors of a checkpoint's files into the module of the model ``name``. Raises ConfigError, ModelError."""
     from safetensors.torch import load_file
 
-    check_weights(model.weights, str(model.weights[0].parent))
-    module = getattr(pipe, inspect(model.spec)[1].component)
-    tensors = {name.removeprefix("policy/"): tensor for file in model.weights for name, tensor in load_file(file).items()
-               if not name.startswith("reference/")}
+    check_weights(files, str(files[0].parent))
+    tensors = {key.removeprefix("policy/"): tensor for file in files for key, tensor in load_file(file).items()
+               if not key.startswith("reference/")}
     unknown = module.load_state_dict(tensors, strict=False).unexpected_keys
     if unknown:
-        raise ConfigError(f"{model.weights[0].parent}: its weights are not for {model.spec.pretrained_model_name_or_path} "
-                          f"(first: {unknown[0]}); name the model that it was trained on")
+        raise ConfigError(f"{files[0].parent}: its weights are not for {name} (first: {unknown[0]}); name the model that it "
+                          "was trained on")
 
 
 def _swept(models: Mapping[str, Model], main: str, strengths: tuple[float, ...]) -> tuple[dict[str, Model], dict[str, float]]:
