@@ -83,13 +83,12 @@ def _levels(clip: Sound, height: int) -> np.ndarray:
     """[height, about 200] dB of full scale, the lowest frequency first; channels are averaged."""
     from scipy.signal import stft  # slow to import
 
-    wave, window = clip.wave.astype(np.float64).mean(0), 2 * height
+    wave = clip.wave.astype(np.float64).mean(0)
+    window = 2 * height * max(1, -(-len(wave) // (400 * height)))  # a hop longer than the window would leave samples out
     if len(wave) < window:
         wave = np.pad(wave, (0, window - len(wave)))
-    if len(wave) > 200 * window:  # a hop longer than the window would leave samples out
-        window = -(-len(wave) // 200)
     _, _, spectrum = stft(wave, fs=clip.rate, nperseg=window, noverlap=window - max(1, len(wave) // 200))
-    power = np.abs(spectrum[:len(spectrum) // height * height]) ** 2
+    power = np.abs(spectrum[:-1]) ** 2  # without half the rate itself
     return 10 * np.log10(power.reshape(height, -1, power.shape[1]).mean(1) + 1e-14)
 
 

@@ -125,7 +125,8 @@ class Clips:
     columns: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, clips: Sequence[Sound | Tensor | np.ndarray], prompts: Sequence[str]) -> Tensor:
-        return score_each_clip(lambda clip, prompt: _share(waveform(clip, RATE), prompt), clips, prompts)
+        sounds = [clip if isinstance(clip, Sound) else Sound(wave=np.asarray(clip)[None], rate=RATE) for clip in clips]
+        return score_each_clip(lambda clip, prompt: _share(waveform(clip, RATE), prompt), sounds, prompts)
 
 
 def _share(wave: np.ndarray, prompt: str) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +15,9 @@ SILENT = 1e-3  # a peak below it (-60 dB of full scale) is silence
 _FULL, _RUN = 0.999, 3  # a single sample at full scale is a peak; this many in a row are a flat top
 
 
-def waveform(clip: Sound | Tensor | np.ndarray, rate: int) -> np.ndarray:
-    """One clip -> [samples] float64 at ``rate`` Hz: channels are averaged, another rate is resampled.
-
-    An array or tensor [samples] says no rate of its own and is taken to have this one.
-    """
-    if isinstance(clip, Sound):
-        return resampled(np.asarray(clip.wave, np.float64).mean(0), clip.rate, rate)
-    wave = np.asarray(clip, np.float64)
-    if wave.ndim != 1:
-        raise TypeError(f"a clip is a diffalign.types.Sound, or a waveform [samples]; not an array {wave.shape}")
-    return wave
+def waveform(clip: Sound, rate: int) -> np.ndarray:
+    """One clip -> [samples] float64 at ``rate`` Hz: channels are averaged, another rate is resampled."""
+    return resampled(np.asarray(clip.wave, np.float64).mean(0), clip.rate, rate)
 
 
 def resampled(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
@@ -39,17 +30,15 @@ def resampled(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     return resample_poly(wave, wanted // shared, rate // shared)
 
 
-def score_each_clip(one: Callable[[Any, str], float], clips: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+def score_each_clip(one: Callable[[Sound, str], float], clips: Sequence[Sound], prompts: Sequence[str]) -> Tensor:
     """[N] float32: ``one(clip, prompt)`` of each; NaN where a clip is empty or not finite."""
     if len(clips) != len(prompts):
         raise ValueError(f"{len(clips)} clips for {len(prompts)} prompts: pass one prompt per clip")
-    return torch.tensor([one(clip, prompt) if _is_sound(clip) else math.nan
+    wrong = next((type(clip).__name__ for clip in clips if not isinstance(clip, Sound)), None)
+    if wrong is not None:
+        raise TypeError(f"a clip is a diffalign.types.Sound, which knows its sample rate; not a {wrong}")
+    return torch.tensor([one(clip, prompt) if clip.wave.size and np.isfinite(clip.wave).all() else math.nan
                          for clip, prompt in zip(clips, prompts, strict=True)], dtype=torch.float32)
-
-
-def _is_sound(clip: Sound | Tensor | np.ndarray) -> bool:
-    wave = np.asarray(clip.wave if isinstance(clip, Sound) else clip)
-    return wave.size > 0 and bool(np.isfinite(wave).all())
 
 
 def flat_tops(wave: np.ndarray) -> float:
