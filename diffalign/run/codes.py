@@ -30,9 +30,12 @@ from .entrants import checkpoint_folder, put_weights
 
 @dataclass(frozen=True, kw_only=True)
 class CodeModel:
-    """spec: its folder. weights: files that replace its own. adapter: folder of a LoRA in peft's layout, merged into it."""
+    """spec: its folder. source: where its text encoder and codec lie, which training leaves as they are. weights: files that
+    replace its own. adapter: folder of a LoRA in peft's layout, merged into it.
+    """
 
     spec: ModelSpec
+    source: ModelSpec
     weights: tuple[Path, ...] = ()
     adapter: Path | None = None
 
@@ -55,7 +58,7 @@ class CodeEntrants:
     @classmethod
     def of(cls, recipe: Recipe) -> CodeEntrants:
         """From the recipe and the files of its run. Raises ConfigError or ModelError for what is not there."""
-        base = CodeModel(spec=recipe.model)
+        base = CodeModel(spec=recipe.model, source=recipe.model)
         models = {BASE: base, ALIGNED: _trained(recipe, base)}
         models |= {name: _entrant(recipe, base, f"evaluate.models.{name}", entrant)
                    for name, entrant in recipe.evaluate.models.items()}
@@ -80,16 +83,18 @@ class _Studio:
 
     def __init__(self, spec: EvaluateSpec, device: torch.device | str):
         self.spec, self.device = spec, device
-        self.model, self.denoiser, self.inputs = None, None, None
+        self.model, self.denoiser, self.source, self.inputs = None, None, None, None
 
     @contextmanager
     def opened(self, name: str, model: CodeModel) -> Iterator[dict[str, Draw]]:
         if model != self.model:
-            self.model, self.denoiser, self.inputs = None, None, None
+            self.model, self.denoiser = None, None
             gc.collect()  # the old one goes before the new one comes
-            self.inputs = musicgen.load_inputs(model.spec, self.device)
             self.denoiser = _loaded(model, self.device)
             self.model = model
+        if model.source != self.source:
+            self.inputs = musicgen.load_inputs(model.source, self.device)
+            self.source = model.source
         yield {name: self._draw}
 
     def _draw(self, prompts: list[str], seeds: list[int]) -> list[Sound]:
@@ -160,8 +165,8 @@ def _written(folder: Path, base: CodeModel) -> CodeModel | None:
     if (folder / PEFT).is_file():
         return replace(base, adapter=folder)
     if (folder / LANGUAGE_MODEL).is_dir():
-        return CodeModel(spec=replace(base.spec, pretrained_model_name_or_path=str(folder / LANGUAGE_MODEL), revision=None,
-                                      lora=None))
+        return replace(base, spec=replace(base.spec, pretrained_model_name_or_path=str(folder / LANGUAGE_MODEL), revision=None,
+                                          lora=None))
     own = next((folder / name for name in ("ema.safetensors", "weights.safetensors") if (folder / name).is_file()), None)
     return None if own is None else replace(base, weights=(own,))
 
@@ -176,9 +181,9 @@ def _entrant(recipe: Recipe, base: CodeModel, option: str, entrant: Entrant) -> 
             raise ConfigError(f"{option}.checkpoint: {folder} holds no weights; choose another checkpoint")
         return found
     if entrant.pretrained_model_name_or_path is not None:
-        base = CodeModel(spec=ModelSpec(pretrained_model_name_or_path=entrant.pretrained_model_name_or_path,
-                                        revision=entrant.revision))
-        musicgen.inspect(base.spec)
+        spec = ModelSpec(pretrained_model_name_or_path=entrant.pretrained_model_name_or_path, revision=entrant.revision)
+        musicgen.inspect(spec)
+        base = CodeModel(spec=spec, source=spec)
     if entrant.lora is None:
         return base
     if not (Path(entrant.lora) / PEFT).is_file():

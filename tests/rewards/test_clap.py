@@ -48,7 +48,8 @@ def test_the_score_is_the_stock_models_cosine_over_segments(folder):
     reward, wave = Clap(pretrained_model_name_or_path=str(folder)), noise(3)
     model, features, tokenizer = reward._parts
     text = model(**tokenizer(["a b"], return_tensors="pt"), **features(wave[:RATE], sampling_rate=RATE, return_tensors="pt"))
-    assert reward([sound(wave[:RATE])], ["a b"]).item() == pytest.approx((text.audio_embeds @ text.text_embeds.T).item(), abs=1e-5)
+    cosine = (text.audio_embeds @ text.text_embeds.T).item()
+    assert reward([sound(wave[:RATE])], ["a b"]).item() == pytest.approx(cosine, abs=1e-5)
     thirds = reward([sound(wave[i * RATE:(i + 1) * RATE]) for i in range(3)], ["a b"] * 3)
     assert reward([sound(wave)], ["a b"]).item() == pytest.approx(thirds.mean().item(), abs=1e-5)
 

@@ -35,7 +35,7 @@ def test_each_fault_by_hand():
 
 
 def test_clipping_counts_flat_tops():
-    """100 of 8000 samples in one flat run are 1.25 %, a quarter of the 5 % that cost the whole fault; two in a row are none."""
+    """100 of 8000 samples in one flat run are 1.25 %, a quarter of the 5 % of a whole fault; two in a row are none."""
     wave = TONE.copy()
     wave[1000:1100] = 1.0
     wave[3000:3002] = -1.0
