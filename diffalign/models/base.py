@@ -55,11 +55,12 @@ class Adapter:
     pipeline: ClassVar[str]                 # diffusers pipeline class
     component: ClassVar[str]                # the denoiser's name in that pipeline
     module_class: ClassVar[str]             # the denoiser's diffusers class
+    library: ClassVar[str] = "diffusers"    # what model_index.json calls the place of that class
     texts: ClassVar[tuple[str, ...]]        # text encoders and tokenizers that the pipeline cannot do without
     lora_targets: ClassVar[tuple[str, ...]]
     pooled_is_projected: ClassVar[bool]     # whether the pooled prompt has gone through the encoder's CLIP projection
     hollow: ClassVar[bool] = False          # whether the pipeline cannot be built without a denoiser, be it an empty one
-    audio: ClassVar[bool] = False           # whether latents [C, L] are of sound
+    audio: ClassVar[bool] = False           # whether latents are of sound: a ``SoundAdapter``
     kohya_prefix: ClassVar[str]             # goes before LoRA keys into convert_state_dict_to_kohya: "unet" for lora_unet_
     kohya_metadata: ClassVar[dict[str, str]]
 
@@ -81,6 +82,10 @@ class Adapter:
     def idle(self) -> tuple[str, ...]:
         """Layers whose output the model drops: training them would move nothing, so they are left alone."""
         return ()
+
+    def recompute(self) -> Callable | None:
+        """What the model calls for (layer, *arguments) under gradient checkpointing; None for diffusers' own."""
+        return None
 
 
 def unwrap(module: nn.Module) -> Any:
@@ -115,4 +120,5 @@ def enable_gradient_checkpointing(denoiser: Denoiser) -> None:
 
     The adapters must be on when backward runs: ``WeightBank.predict`` restores them after every reference pass.
     """
-    unwrap(denoiser.module).enable_gradient_checkpointing()
+    recompute = denoiser.recompute() if isinstance(denoiser, Adapter) else None
+    unwrap(denoiser.module).enable_gradient_checkpointing(*filter(None, (recompute,)))
