@@ -287,7 +287,7 @@ def _parts(value: Any) -> list[Any]:
 def said(spec: EvaluateSpec) -> dict[str, Any]:
     """How the pictures are drawn, for a report: what the pipelines are called with, and the scheduler put into them."""
     return {**sampling(spec), "scheduler": spec.scheduler, "timestep_spacing": spec.timestep_spacing, "seeds": spec.seeds,
-            "seed": spec.seed, "batch_size": spec.batch_size}
+            "seed": spec.seed, "batch_size": spec.batch_size, **({"seconds": spec.seconds} if spec.seconds else {})}
 
 
 def _called(name: str) -> str:

@@ -185,7 +185,7 @@ def page(report: dict, run: Run, comparison: Comparison | None) -> str:
         config=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True) if report["config"] else "",
         identity=yaml.safe_dump(report["identity"], sort_keys=False, allow_unicode=True) if report["identity"] else "",
         note=_note(comparison) if comparison else "",
-        how=_how(comparison.sampling) if comparison else "", loading=loading(run) if run.method else None,
+        how=_how(comparison) if comparison else "", loading=loading(run) if run.method else None,
         strength_labels=_strength_labels(comparison) if comparison else {})
 
 
@@ -334,14 +334,15 @@ def _note(comparison: Comparison) -> str:
     sampling, shown, total = comparison.sampling, len({tile.index for tile in comparison.tiles}), len(comparison.prompts)
     which = "all prompts" if shown == total else f"{shown} of {total:,} prompts, drawn at random"
     scheduler = f" with {sampling['scheduler']}" if sampling.get("scheduler") else ""
-    how = _how(sampling, scheduler)
+    how = _how(comparison, scheduler)
     return (f"Same prompt and seed in a row. {which[0].upper()}{which[1:]}. {how[0].upper()}{how[1:]}."
             f"{_heard(comparison) if comparison.subject == 'clips' else ''}")
 
 
-def _how(sampling: dict[str, Any], scheduler: str = "") -> str:
+def _how(comparison: Comparison, scheduler: str = "") -> str:
     """How the samples were drawn."""
-    parts = [f"clips of {sampling['seconds']:g} s"] if sampling.get("seconds") else []
+    sampling, clips = comparison.sampling, [clip for tile in comparison.tiles for clip in tile.clips.values()]
+    parts = [f"clips of {clips[0].seconds:.4g} s"] if clips else []
     if sampling.get("num_inference_steps"):
         parts.append(f"{sampling['num_inference_steps']} steps{scheduler}, guidance {sampling['guidance_scale']:g}")
     if sampling.get("temperature") is not None:

@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import ConfigError
 from ..methods.base import Context
 from ..rewards.base import Reward, judged
 from ..sampling.generate import generate, picture_seed
-from ..types import Batch, Memory
+from ..sampling.music import checked_sounds
+from ..sampling.sound import clips, makes_sounds, rate_of
+from ..types import Batch, Memory, Sound
 from ..world import Single, World
 from .alarm import Alarm, Limits, alarm
 from .files import write
@@ -160,11 +163,22 @@ def picture_seeds(prompts: Sequence[str], count: int, seed: int) -> np.ndarray:
 
 
 def as_draw(model, spec: EvaluateSpec) -> Draw:
-    """A callable (prompts, seeds) -> pictures from a pipeline, or the callable itself."""
+    """A callable (prompts, seeds) -> pictures or clips from a pipeline, or the callable itself."""
+    if makes_sounds(model):
+        return lambda prompts, seeds: _sounds(model, spec, prompts, seeds)
     if hasattr(model, "components"):  # a diffusers pipeline; it is callable too, with another meaning
         return lambda prompts, seeds: generate(model, prompts, seeds, batch_size=spec.batch_size, progress=None,
                                                **sampling(spec))
     return model
+
+
+def _sounds(pipe, spec: EvaluateSpec, prompts: list[str], seeds: list[int]) -> list[Sound]:
+    try:
+        waves = clips(pipe, prompts, seeds, seconds=spec.seconds, num_inference_steps=spec.num_inference_steps,
+                      guidance_scale=spec.guidance_scale, progress=None)
+    except ConfigError as error:
+        raise ConfigError(f"evaluate.{error}") from None
+    return checked_sounds(waves.numpy(), rate_of(pipe), prompts, seeds)
 
 
 def sampling(spec: EvaluateSpec) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def load(pipe, file: Path, adapter: str = "default_0") -> None:
     """
     check_weights([file], "the trained LoRA")
     if file.name == PEFT:
-        return _load_peft(pipe, file, adapter)
+        return load_peft(pipe.unet if hasattr(pipe, "unet") else pipe.transformer, file, adapter)
     try:
         with warnings.catch_warnings(), _silent("diffusers.loaders.peft"):  # logs hundreds of lines before it raises
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several, on purpose
@@ -95,11 +95,12 @@ def load(pipe, file: Path, adapter: str = "default_0") -> None:
     return None
 
 
-def _load_peft(pipe, file: Path, adapter: str) -> None:
+def load_peft(module: nn.Module, file: Path, adapter: str = ADAPTER) -> None:
+    """Put the LoRA of ``write_peft`` on a denoiser, where it is active at once. Raises ModelError, one line."""
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    module = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    check_weights([file], "the trained LoRA")
     try:
         config = LoraConfig.from_pretrained(str(file.parent))
         inject_adapter_in_model(config, module, adapter)
@@ -204,20 +205,6 @@ def write_peft(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str],
               "target_modules": targets, "base_model_name_or_path": None, "inference_mode": True}
     write_tensors(folder / PEFT, state, {**metadata, "format": "pt", "rank": str(rank)})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def merge_peft(module: nn.Module, folder: Path, name: str) -> nn.Module:
-    """``module``, of the model ``name``, with the LoRA of ``write_peft`` added into its weights. Raises ModelError."""
-    from peft import PeftModel
-
-    check_weights([folder / PEFT], str(folder))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(module, str(folder)).merge_and_unload()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, UserWarning) as error:
-        raise ModelError(f"{folder / PEFT}: does not fit {name} ({first_line(error)}); name the model that it was trained "
-                         "on") from error
 
 
 def kohya_layout(denoiser: Denoiser, state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from ..evaluate.spec import ALIGNED, BASE, Entrant, EvaluateSpec
 from ..methods import Context
 from ..models import musicgen
 from ..models.folder import content, digest
-from ..models.lora import merge_peft
+from ..models.lora import load_peft
 from ..models.spec import LANGUAGE_MODEL, PEFT, ModelSpec
 from ..sampling.music import CodeSampler, checked_sounds
 from ..types import Memory, Sound
@@ -31,7 +31,7 @@ from .entrants import checkpoint_folder, put_weights
 @dataclass(frozen=True, kw_only=True)
 class CodeModel:
     """spec: its folder. source: where its text encoder and codec lie, which training leaves as they are. weights: files that
-    replace its own. adapter: folder of a LoRA in peft's layout, merged into it.
+    replace its own. adapter: folder of a LoRA in peft's layout.
     """
 
     spec: ModelSpec
@@ -143,12 +143,11 @@ def _frame_rate(spec: ModelSpec) -> tuple[float, int]:
 
 def _loaded(model: CodeModel, device: torch.device | str) -> musicgen.MusicGen:
     denoiser = musicgen.load_denoiser(model.spec, device=device)
-    name = model.spec.pretrained_model_name_or_path
     if model.weights:
-        put_weights(denoiser.module, model.weights, name)
-    if model.adapter is None:
-        return denoiser
-    return replace(denoiser, module=merge_peft(denoiser.module, model.adapter, name))
+        put_weights(denoiser.module, model.weights, model.spec.pretrained_model_name_or_path)
+    if model.adapter is not None:
+        load_peft(denoiser.module, model.adapter / PEFT)
+    return denoiser
 
 
 def _trained(recipe: Recipe, base: CodeModel) -> CodeModel:

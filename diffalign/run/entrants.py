@@ -8,21 +8,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from ..config import Evaluation, Recipe
 from ..errors import ConfigError
-from ..evaluate.compare import Stage, adapters_off
-from ..evaluate.medium import PICTURES, Medium
+from ..evaluate.compare import Stage, adapters_off, said
+from ..evaluate.medium import CLIPS, PICTURES, Medium
 from ..evaluate.sides import Draw, as_draw
 from ..evaluate.spec import ALIGNED, BASE, Entrant, EvaluateSpec, strength_side
 from ..models.folder import check_weights, content, digest, weight_files
 from ..models.fuse import lora_file
 from ..models.load import encoder_facts, inspect, load_pipeline, model_identity
+from ..models.lora import adapter_layers
+from ..models.lora import adapters_off as layers_off
 from ..models.lora import load as load_lora
-from ..models.spec import ModelSpec
+from ..models.spec import PEFT, ModelSpec
 from ..sampling.scheduler import make_scheduler
 from ..train.checkpoint import checkpoints
 from .words import LORA_FILE, PIPELINE
@@ -62,7 +64,7 @@ class Entrants:
     models: dict[str, Model]
     compared: tuple[str, ...]
     strengths: dict[str, float] = field(default_factory=dict)
-    medium: ClassVar[Medium] = PICTURES
+    medium: Medium = PICTURES
 
     @classmethod
     def of(cls, recipe: Recipe | Evaluation) -> Entrants:
@@ -72,10 +74,12 @@ class Entrants:
         models |= {name: _entrant(recipe, name, entrant) for name, entrant in spec.models.items()}
         compared = tuple(models)[1:]
         swept, strengths = _swept(models, compared[0], spec.strengths)
-        return cls(models=models | swept, compared=compared, strengths=strengths)
+        return cls(models=models | swept, compared=compared, strengths=strengths,
+                   medium=CLIPS if inspect(recipe.model)[1].audio else PICTURES)
 
-    def drawn_with(self, spec: EvaluateSpec) -> None:
-        """As pipelines are called."""
+    def drawn_with(self, spec: EvaluateSpec) -> dict[str, Any]:
+        """For a report."""
+        return said(spec)
 
     def stages(self, spec: EvaluateSpec, device: torch.device | str) -> list[Stage]:
         """One for each pipeline; a pipeline stays in memory until another is needed."""
@@ -127,27 +131,45 @@ class _Pipelines:
     def _draw(self, model: Model, prompts: list[str], seeds: list[int]) -> list:
         draw = as_draw(self.pipe, self.spec)
         if model.lora is not None:
-            self.pipe.enable_lora()
-            self.pipe.set_adapters([self.adapters[model.lora]], [model.scale])
+            self._put_on(self.adapters[model.lora], model.scale)
             return draw(prompts, seeds)
         if not self.adapters:
             return draw(prompts, seeds)
-        with adapters_off(self.pipe):
+        with adapters_off(self.pipe) if hasattr(self.pipe, "disable_lora") else layers_off(self._layers()):
             return draw(prompts, seeds)
+
+    def _put_on(self, adapter: str, scale: float) -> None:
+        """This LoRA alone."""
+        if hasattr(self.pipe, "set_adapters"):
+            self.pipe.enable_lora()
+            self.pipe.set_adapters([adapter], [scale])
+            return
+        for layer in self._layers():  # of a pipeline that knows no LoRA
+            layer.set_adapter(adapter)
+            layer.set_scale(adapter, scale)
+
+    def _layers(self) -> list:
+        return adapter_layers(getattr(self.pipe, inspect(self.key[0])[1].component))
 
 
 def _trained(recipe: Recipe) -> Model:
     """What the run has written for people."""
     output_dir = Path(recipe.output_dir)
     if recipe.model.lora is not None:
-        if not (output_dir / LORA_FILE).is_file():
+        lora = _lora_in(output_dir)
+        if lora is None:
             raise ConfigError(f"{output_dir / LORA_FILE}: is missing; run `diffalign train` first")
-        return Model(spec=recipe.model, lora=output_dir / LORA_FILE)
+        return Model(spec=recipe.model, lora=lora)
     if not (output_dir / PIPELINE).is_dir():  # or its name would pass for a hub id
         raise ConfigError(f"{output_dir / PIPELINE}: is missing; run `diffalign train` first, with model.lora=null")
     # the saved weights hold what was fused into their base
     return Model(spec=replace(recipe.model, pretrained_model_name_or_path=str(output_dir / PIPELINE), revision=None,
                               variant=None, pretrained_vae_model_name_or_path=None, fuse_lora=None))
+
+
+def _lora_in(folder: Path) -> Path | None:
+    """The LoRA that training wrote there: diffusers' layout, or peft's for pipelines that load none."""
+    return next((folder / name for name in (LORA_FILE, PEFT) if (folder / name).is_file()), None)
 
 
 def _entrant(recipe: Recipe | Evaluation, name: str, entrant: Entrant) -> Model:
@@ -159,7 +181,7 @@ def _entrant(recipe: Recipe | Evaluation, name: str, entrant: Entrant) -> Model:
         spec = ModelSpec(pretrained_model_name_or_path=entrant.pretrained_model_name_or_path, revision=entrant.revision,
                          variant=entrant.variant)
         inspect(spec)
-    file = None if entrant.lora is None else lora_file(entrant.lora, f"{option}.lora")
+    file = None if entrant.lora is None else _lora_in(Path(entrant.lora)) or lora_file(entrant.lora, f"{option}.lora")
     if file is not None:
         check_weights([file], f"{option}.lora")
     return Model(spec=spec, lora=file, scale=entrant.lora_scale)
@@ -168,8 +190,8 @@ def _entrant(recipe: Recipe | Evaluation, name: str, entrant: Entrant) -> Model:
 def _checkpoint(recipe: Recipe | Evaluation, option: str, entrant: Entrant) -> Model:
     """A checkpoint's weights: the LoRA or folder that people use; where it has none of these (above 1 GiB), the loop's own."""
     folder = checkpoint_folder(recipe, option, entrant.checkpoint)
-    if (folder / LORA_FILE).is_file():
-        return Model(spec=recipe.model, lora=folder / LORA_FILE, scale=entrant.lora_scale)
+    if (lora := _lora_in(folder)) is not None:
+        return Model(spec=recipe.model, lora=lora, scale=entrant.lora_scale)
     component = inspect(recipe.model)[1].component
     if (folder / component).is_dir():
         return Model(spec=recipe.model, weights=tuple(weight_files(folder / component, None, str(folder))))

@@ -35,6 +35,7 @@ from ..world import world_of
 from .optimised import training_rewards
 
 PROBE = 64  # winners that a gated reference is measured on
+_OF_PICTURES = ("height", "width", "negative_prompt", "scheduler", "timestep_spacing")  # of the section evaluate
 FEW = 8  # timesteps of a schedule that only a distilled model can draw with
 
 
@@ -58,9 +59,8 @@ def check_audio(recipe: Recipe) -> None:
                      and getattr(part, name) != getattr(type(part), name)), None)
         if name is not None:
             raise ConfigError(f"{section}.{name}: is of pictures, and this model makes sounds; leave it out")
-    for name in ("evaluate", "monitor"):
-        if getattr(recipe, name) is not None:
-            raise ConfigError(f"{name}: draws pictures, and this model makes sounds; set it to null")
+    if recipe.monitor is not None:
+        raise ConfigError("monitor: draws pictures, and this model makes sounds; set it to null")
     if not isinstance(recipe.source, Stored) or not isinstance(recipe.likelihood, DenoisingELBO):
         raise ConfigError("source.kind: sounds are trained from stored pairs with likelihood.kind=denoising; leave both at "
                           "their defaults")
@@ -164,6 +164,9 @@ def check_evaluate(recipe: Recipe | Evaluation) -> None:
             return
         if spec.seconds is not None and subject == "pictures":
             raise ConfigError("evaluate.seconds: is of clips, and this model makes pictures; leave it out")
+        wrong = next((name for name in _OF_PICTURES if subject == "clips" and getattr(spec, name) is not None), None)
+        if wrong is not None:
+            raise ConfigError(f"evaluate.{wrong}: is of pictures, and this model makes sounds; leave it out")
         folder, _ = inspect(recipe.model)
         if spec.scheduler or spec.timestep_spacing:
             make_scheduler(folder.config("scheduler"), spec.scheduler, spec.timestep_spacing, spec.num_inference_steps)

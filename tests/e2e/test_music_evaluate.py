@@ -12,9 +12,10 @@ from scipy.io import wavfile
 
 from diffalign.cli import main
 from diffalign.config import load_recipe
+from diffalign.data.audio import write_wav
 from diffalign.run import evaluate, grid, train
 from tests.e2e.test_music import recipe, rows
-from tests.models import tiny_music
+from tests.models import tiny_audio, tiny_music
 
 EVALUATE = {"judge": "signal", "seconds": 0.32, "seeds": 2, "batch_size": 4, "grid_prompts": 2, "bootstrap_resamples": 200}
 
@@ -116,3 +117,56 @@ def test_a_judge_of_clips_is_refused_for_pictures(capsys):
     assert 'reward "signal" scores clips, and this model makes pictures' in capsys.readouterr().err
     assert main(["evaluate", "configs/quickstart.yaml", "evaluate.seconds=3"]) == 2
     assert "evaluate.seconds: is of clips, and this model makes pictures" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """A Stable Audio of random weights with a LoRA of two steps."""
+    pytest.importorskip("torchsde")  # the solver of Stable Audio
+    folder = tmp_path_factory.mktemp("sounds")
+    tiny_audio.make(folder / "pipeline")
+    for i in range(4):
+        for name, step in (("good", 0.5), ("bad", 2.0)):
+            (folder / f"{name}{i}.wav").write_bytes(write_wav(0.5 * np.sin(step * np.arange(40) + i), tiny_audio.RATE))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(
+        {"prompt": "a b", "chosen": f"good{i}.wav", "rejected": f"bad{i}.wav"}) + "\n" for i in range(4)))
+    (folder / "captions.txt").write_text("a b\nc\nd\na\nb c\nd b\n")
+    options = {**EVALUATE, "seconds": 0.5, "seeds": 1, "num_inference_steps": 2, "guidance_scale": 1.0,
+               "prompts": str(folder / "captions.txt")}
+    path = recipe(folder, folder / "pipeline", likelihood={"kind": "denoising"}, objective={"kind": "dpo", "beta": 2000},
+                  model={"lora": {"rank": 4}}, evaluate=options)
+    train(load_recipe(path, ["train.max_train_steps=2", "data.validation=null"]))
+    return folder, path
+
+
+def test_audio_latents_through_the_same_command(sounds):
+    folder, path = sounds
+    report = evaluate(load_recipe(path, ["evaluate.strengths=[0, 0.5, 1]"]))
+    scores = [one["scores"] for one in report["comparison"]["prompts"]]
+    assert report["comparison"]["sampling"]["seconds"] == 0.5 and len(scores) == 6
+    assert all(len({one[name][0] for name in ("base", "strength 0.5", "aligned")}) == 3 for one in scores)
+    heard = waves((folder / "run" / "report.html").read_text())
+    assert len(heard) >= 4 and all(rate == tiny_audio.RATE and wave.shape == (32,) for rate, wave in heard)
+    assert stable(evaluate(load_recipe(path, ["evaluate.strengths=[0, 0.5, 1]"]))) == stable(report)
+
+
+def test_a_whole_pipeline_of_sounds(sounds):
+    path = sounds[1]
+    whole = ["model.lora=null", f"output_dir={sounds[0] / 'whole'}", "train.max_train_steps=2", "data.validation=null"]
+    train(load_recipe(path, whole))
+    report = evaluate(load_recipe(path, whole))
+    assert report["comparison"]["statistics"]["difference"] != 0 and report["strengths"] is None
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["evaluate.judge=scenes"], 'evaluate.judge: reward "scenes" scores pictures, and this model makes clips'),
+    (["evaluate.seconds=3"], "evaluate.seconds: this model makes clips of up to 0.75 s, got 3"),
+    (["evaluate.height=64"], "evaluate.height: is of pictures, and this model makes sounds"),
+    (["evaluate.negative_prompt=noise"], "evaluate.negative_prompt: is of pictures"),
+    (["monitor={}"], "monitor: draws pictures, and this model makes sounds"),
+])
+def test_what_is_refused_for_audio_latents(sounds, capsys, overrides, message):
+    command = "train" if "monitor" in overrides[0] else "evaluate"
+    assert main([command, sounds[1], *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
