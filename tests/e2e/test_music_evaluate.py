@@ -11,13 +11,39 @@ import pytest
 from scipy.io import wavfile
 
 from diffalign.cli import main
-from diffalign.config import load_recipe
+from diffalign.config import load_recipe, rewards_from
 from diffalign.data.audio import write_wav
+from diffalign.rewards import REWARDS
 from diffalign.run import evaluate, grid, train
 from tests.e2e.test_music import recipe, rows
 from tests.models import tiny_audio, tiny_music
 
 EVALUATE = {"judge": "signal", "seconds": 0.32, "seeds": 2, "batch_size": 4, "grid_prompts": 2, "bootstrap_resamples": 200}
+
+
+LOUDNESS = """
+from dataclasses import dataclass
+import torch
+
+@dataclass(frozen=True, kw_only=True)
+class Loudness:
+    name = "loudness"
+    subject = "clips"
+    differentiable = False
+
+    def __call__(self, clips, prompts):
+        return torch.tensor([float((clip.wave ** 2).mean()) for clip in clips])
+"""
+
+
+@pytest.fixture(scope="module")
+def loudness(tmp_path_factory):
+    """A user's own reward of clips, known by its name."""
+    path = tmp_path_factory.mktemp("own") / "loudness.py"
+    path.write_text(LOUDNESS)
+    assert rewards_from(path) == ["loudness"]
+    yield
+    REWARDS.pop("loudness")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +146,7 @@ def test_a_judge_of_clips_is_refused_for_pictures(capsys):
 
 
 @pytest.fixture(scope="module")
-def sounds(tmp_path_factory):
+def sounds(tmp_path_factory, loudness):
     """A Stable Audio of random weights with a LoRA of two steps."""
     pytest.importorskip("torchsde")  # the solver of Stable Audio
     folder = tmp_path_factory.mktemp("sounds")
@@ -131,7 +157,7 @@ def sounds(tmp_path_factory):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(
         {"prompt": "a b", "chosen": f"good{i}.wav", "rejected": f"bad{i}.wav"}) + "\n" for i in range(4)))
     (folder / "captions.txt").write_text("a b\nc\nd\na\nb c\nd b\n")
-    options = {**EVALUATE, "seconds": 0.5, "seeds": 1, "num_inference_steps": 2, "guidance_scale": 1.0,
+    options = {**EVALUATE, "judge": "loudness", "rewards": {"signal": "signal"}, "seconds": 0.5, "seeds": 1, "num_inference_steps": 2, "guidance_scale": 1.0,
                "prompts": str(folder / "captions.txt")}
     path = recipe(folder, folder / "pipeline", likelihood={"kind": "denoising"}, objective={"kind": "dpo", "beta": 2000},
                   model={"lora": {"rank": 4}}, evaluate=options)
@@ -143,7 +169,7 @@ def test_audio_latents_through_the_same_command(sounds):
     folder, path = sounds
     report = evaluate(load_recipe(path, ["evaluate.strengths=[0, 0.5, 1]"]))
     scores = [one["scores"] for one in report["comparison"]["prompts"]]
-    assert report["comparison"]["sampling"]["seconds"] == 0.5 and len(scores) == 6
+    assert report["comparison"]["sampling"]["seconds"] == 0.5 and len(scores) == 6 and report["judge"] == "loudness"
     assert all(len({one[name][0] for name in ("base", "strength 0.5", "aligned")}) == 3 for one in scores)
     heard = waves((folder / "run" / "report.html").read_text())
     assert len(heard) >= 4 and all(rate == tiny_audio.RATE and wave.shape == (32,) for rate, wave in heard)
