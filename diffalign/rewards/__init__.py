@@ -3,6 +3,7 @@
 """
 
 from .aesthetic import Aesthetic
+from .audiobox import Audiobox
 from .base import Reward, check, columns_of, identity, judged, subject_of
 from .blend import Calibrated, LogSigmoidCentred, Minimum, WeightedSum, ZScore
 from .clap import Clap
@@ -45,6 +46,7 @@ REWARDS = {
     "latent": Latent,
     "clips": Clips,
     "clap": Clap,
+    "audiobox": Audiobox,
     "signal": Signal,
 }
 

@@ -157,8 +157,8 @@ def sounds(tmp_path_factory, loudness):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(
         {"prompt": "a b", "chosen": f"good{i}.wav", "rejected": f"bad{i}.wav"}) + "\n" for i in range(4)))
     (folder / "captions.txt").write_text("a b\nc\nd\na\nb c\nd b\n")
-    options = {**EVALUATE, "judge": "loudness", "rewards": {"signal": "signal"}, "seconds": 0.5, "seeds": 1, "num_inference_steps": 2, "guidance_scale": 1.0,
-               "prompts": str(folder / "captions.txt")}
+    options = {**EVALUATE, "judge": "loudness", "rewards": {"signal": "signal"}, "seconds": 0.5, "seeds": 1,
+               "num_inference_steps": 2, "guidance_scale": 1.0, "prompts": str(folder / "captions.txt")}
     path = recipe(folder, folder / "pipeline", likelihood={"kind": "denoising"}, objective={"kind": "dpo", "beta": 2000},
                   model={"lora": {"rank": 4}}, evaluate=options)
     train(load_recipe(path, ["train.max_train_steps=2", "data.validation=null"]))
