@@ -44,12 +44,7 @@ class Sounds(Texts):
             buckets[group.answers[0].shape].append(number)
         self.members = [np.array(numbers) for numbers in buckets.values()]
         self.elements = groups[max(self.members, key=len)[0]].answers[0][0].size
-        said = hashlib.sha256(self.identity.encode())
-        for group in groups:  # silence at the end of a clip, or other lyrics, change these alone
-            for arrays in (group.told, *group.timing):
-                for name in sorted(arrays):
-                    said.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
-        self.identity = said.hexdigest()
+        self.identity = _identity(self.identity, groups)
 
     def tensors(self, groups: list[_Group], rows: list[tuple[np.ndarray, np.ndarray]], visits: np.ndarray) -> dict:
         mean, std = (torch.from_numpy(np.stack([clip[i] for _, clip in rows])) for i in (0, 1))
@@ -63,6 +58,18 @@ class Sounds(Texts):
         return {"x0": grouped(mean + std * noise),
                 "cond": Cond(tokens=_padded([group.prompt for group in groups]),
                              extra={name: grouped(_padded([extra[name] for extra in extras])) for name in extras[0]})}
+
+
+def _identity(known: str, groups: list[_Group]) -> str:
+    """known: that of captions, latents and labels. Silence at the end of a clip, or other lyrics, change the rest alone."""
+    total, digests = hashlib.sha256(known.encode()), {}
+    for group in groups:
+        for arrays in (group.told, *group.timing):
+            for name, one in sorted(arrays.items()):
+                if id(one) not in digests:  # many groups share an array
+                    digests[id(one)] = hashlib.sha256(np.ascontiguousarray(one)).digest()
+                total.update(name.encode() + digests[id(one)])
+    return total.hexdigest()
 
 
 def _padded(arrays: list[np.ndarray]) -> Tensor:
@@ -90,7 +97,7 @@ def read_sounds(spec: DataSpec, encoders: Encoders, *, part: str = "train", seed
 
 
 def _encoded(row: Row, encoders: Encoders, told: dict) -> tuple[_Group, float]:
-    """The group, and the seconds of its longest clip. told: texts that were encoded before."""
+    """The group, and the seconds of its longest clip. told: what was made before, of texts and of lengths."""
     adapter, facts = encoders.adapter, encoders.adapter.clips(encoders.pipe)
     waves = [_wave(clip, encoders) for clip in row.images]
     lengths = sorted({facts.padded(wave.shape[1]) for wave in waves})
@@ -103,8 +110,10 @@ def _encoded(row: Row, encoders: Encoders, told: dict) -> tuple[_Group, float]:
             told[key] = adapter.told(encoders, row.prompt, row.notes, lengths[0])
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from None
+    if lengths[0] not in told:
+        told[lengths[0]] = adapter.beside(encoders, lengths[0])
     prompt, arrays = told[key]
-    group = _Group(row=row.id, prompt=prompt, utility=row.utility, soft=row.soft, told=arrays,
+    group = _Group(row=row.id, prompt=prompt, utility=row.utility, soft=row.soft, told={**arrays, **told[lengths[0]]},
                    answers=tuple(_posterior(wave, lengths[0], encoders) for wave in waves),
                    timing=tuple(adapter.timing(encoders, wave.shape[1]) for wave in waves))
     return group, max(wave.shape[1] for wave in waves) / facts.rate

@@ -60,7 +60,7 @@ class EvaluateSpec:
     seeds: pictures per prompt and model; the interval is a bootstrap over prompts. seed: null takes the run's.
     grid_prompts: rows of grid.png, drawn at random.
 
-    seconds: of a clip, where models of sounds are compared; null takes the longest that the model makes.
+    seconds: of a clip, where models of sounds are compared; null takes the pipeline's own, and the longest of token music.
     scheduler: a diffusers class, such as LCMScheduler or EulerAncestralDiscreteScheduler; null keeps the pipeline's own.
     timestep_spacing: null keeps the scheduler's; few-step models want "trailing" (999, 749, 499, 249 for 4 steps).
     """

@@ -105,8 +105,12 @@ class AceStep(SoundAdapter):
             text_hidden_states=text, text_attention_mask=text_mask, lyric_hidden_states=words, lyric_attention_mask=words_mask,
             refer_audio_acoustic_hidden_states_packed=silence[:, :math.ceil(TIMBRE * pipe.latents_per_second)],
             refer_audio_order_mask=torch.zeros(1, dtype=torch.long, device=device))
-        source = pipe.prepare_src_latents(device, torch.float32, latent_length=frames)[0]
-        return array(tokens[0]), {"attended": array(attended[0]), "silence": array(source[0])}
+        return array(tokens[0]), {"attended": array(attended[0])}
+
+    @staticmethod
+    def beside(encoders: Encoders, samples: int) -> Arrays:
+        frames = samples // AceStep.clips(encoders.pipe).step
+        return {"silence": array(encoders.pipe.condition_encoder.silence_latent[0, :frames])}
 
 
 class _Masked:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
 from ..types import Cond
@@ -57,18 +56,11 @@ class AudioLDM2(SoundAdapter):
         return unsupported(config, scheduler_config)
 
     @staticmethod
-    def encode(pipe, prompts: list[str]) -> tuple[Tensor, None]:
-        """What GPT-2 says, prompt by prompt: padding to the longest of several would move its positions."""
-        return torch.cat([_said(pipe, prompt)[2] for prompt in prompts]), None
-
-    @staticmethod
-    def unconditional(pipe) -> tuple[Tensor, None]:
-        return AudioLDM2.encode(pipe, [""])
-
-    @staticmethod
     def clips(pipe) -> Clips:
         """All latents are of one length, as in its training: a shorter clip is a full one whose end is silent."""
-        config = pipe.vocoder.config
+        config, text = pipe.vocoder.config, type(pipe.text_encoder_2).__name__
+        if text != "T5EncoderModel":
+            raise ModelError(f"this AudioLDM 2 reads its second text by a {text}, and T5EncoderModel is what is supported")
         if config.sampling_rate != RATE:
             raise ModelError(f"this AudioLDM 2 makes {config.sampling_rate} Hz, and its front end is known for {RATE} Hz only")
         full = pipe.unet.config.sample_size * pipe.vae_scale_factor * hop_of(pipe)
@@ -82,10 +74,11 @@ class AudioLDM2(SoundAdapter):
     @staticmethod
     @torch.no_grad()
     def told(encoders: Encoders, caption: str, notes: Mapping[str, Any], samples: int) -> tuple[np.ndarray, Arrays]:
+        """One caption at a time: padding to the longest of several would move the positions at which GPT-2 goes on."""
         pipe = encoders.pipe
         for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
             counted(tokenizer, caption, tokenizer.model_max_length, "the prompt")
-        t5, attended, generated = _said(pipe, caption)
+        t5, attended, generated = pipe.encode_prompt([caption], encoders.device, 1, False)
         return array(generated[0]), {"t5": array(t5[0]), "attended": array(attended[0])}
 
 
@@ -110,18 +103,12 @@ def log_mel(wave: np.ndarray, hop: int, mels: int) -> np.ndarray:
                        mel_filters=bins, mel_floor=FLOOR, log_mel="log").T.astype(np.float32)
 
 
-def _said(pipe, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
-    """T5's states [1, L, D'], their mask [1, L], GPT-2's states [1, 8, D]."""
-    return pipe.encode_prompt([prompt], pipe.text_encoder_2.device, 1, False)
-
-
 def _recompute(layer: nn.Module, *args):
     """The UNet calls its attention layers by place under gradient checkpointing, in another order than they take: the text's
     mask would be that of the self-attention (an error in diffusers 0.42, whatever the sizes)."""
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     if not isinstance(layer, Transformer2DModel):
-        return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
     hidden, states, _, _, _, own, mask = args
-    return checkpoint(layer, hidden, states, attention_mask=own, encoder_attention_mask=mask, return_dict=False,
-                      use_reentrant=False)
+    return layer(hidden, states, attention_mask=own, encoder_attention_mask=mask, return_dict=False)

@@ -209,7 +209,7 @@ def inspect(spec: ModelSpec) -> tuple[Folder, type[Adapter]]:
         known = ", ".join(a.pipeline for a in FAMILIES.values())
         raise ModelError(f"{folder.name}: pipeline {folder.pipeline} is not supported; supported are {known}")
     library, module_class = folder.components.get(adapter.component, (None, None))
-    if (library, module_class) != (adapter.library, adapter.module_class):
+    if library not in ("diffusers", adapter.library) or module_class != adapter.module_class:
         raise ModelError(f"{folder.name}: unsupported denoiser: {adapter.component} is {module_class or 'absent'}, "
                          f"{adapter.pipeline} needs {adapter.module_class}")
     lost = next((part for part in adapter.texts if part not in folder.components and part not in IGNORED), None)

@@ -36,8 +36,9 @@ class Clips:
 
 
 class SoundAdapter(Adapter):
-    """Beside the methods of ``Adapter`` a family of sound writes ``clips`` and ``told``, and ``posterior`` and ``timing`` if
-    they are not as here. Arrays of ``told`` may differ in their first axis: a batch fills them up with zeros.
+    """A family of sound writes ``clips`` and ``told`` in place of ``encode`` and ``unconditional``, and ``posterior``,
+    ``beside`` and ``timing`` if they are not as here. Arrays of ``told`` may differ in their first axis: a batch fills them up
+    with zeros.
     """
 
     audio = True
@@ -60,6 +61,11 @@ class SoundAdapter(Adapter):
         padding. notes: by the names in ``notes``. Raises DataError for a text that the pipeline would cut.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def beside(encoders: Encoders, samples: int) -> Arrays:
+        """What stands beside latents of this length, whatever the caption: held once for all of them."""
+        return {}
 
     @staticmethod
     def timing(encoders: Encoders, samples: int) -> Arrays:

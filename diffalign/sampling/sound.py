@@ -49,20 +49,17 @@ def clips(pipe, captions: Sequence[str], seeds: Sequence[int], *, seconds: float
           drawn: Callable[[int], None] | None = None) -> Tensor:
     """One clip per (caption, seed), in their order: [n, channels, samples] float32 on the CPU, at ``rate_of(pipe)`` Hz.
 
-    seconds: of every clip; None takes the longest that the model makes. num_inference_steps, guidance_scale: None takes the
-    pipeline's own; a scale of 1 draws from the model alone. notes: what a pipeline reads beside each caption (ACE-Step:
-    lyrics and more). progress, drawn: as in ``generate``. Clips are drawn one at a time: padding to the longest caption of a
-    batch would change the others. Raises ConfigError for a length that the model cannot make, ModelError for a clip with NaN,
-    ResourceError when memory runs out.
+    seconds: of every clip. num_inference_steps, guidance_scale: a scale of 1 draws from the model alone. None of these three
+    takes the pipeline's own. notes: what a pipeline reads beside each caption (ACE-Step: lyrics and more). progress, drawn: as
+    in ``generate``. Clips are drawn one at a time: padding to the longest caption of a batch would change the others. Raises
+    ConfigError for a length that the model cannot make, ModelError for a clip with NaN, ResourceError when memory runs out.
     """
     if len(captions) != len(seeds):
         raise ValueError(f"{len(captions)} captions for {len(seeds)} seeds: pass one seed per clip")
-    most = longest(pipe)
-    seconds = most if seconds is None else seconds
-    if not 0 < seconds <= most:
-        raise ConfigError(f"seconds: this model makes clips of up to {most:.2f} s, got {seconds:g}")
-    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    options = {family_of(pipe).seconds: seconds, **{name: value for name, value in given.items() if value is not None}}
+    if seconds is not None and not 0 < seconds <= longest(pipe):
+        raise ConfigError(f"seconds: this model makes clips of up to {longest(pipe):.2f} s, got {seconds:g}")
+    given = {family_of(pipe).seconds: seconds, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    options = {name: value for name, value in given.items() if value is not None}
     made = []
     with quiet(pipe), tqdm(total=len(captions), desc=progress, unit="clip", disable=progress is None or None) as bar:
         for i, (caption, seed) in enumerate(zip(captions, seeds, strict=True)):
