@@ -15,12 +15,12 @@ from diffalign.evaluate.compare import compare
 from diffalign.evaluate.medium import CLIPS
 from diffalign.evaluate.report import write_grids
 from diffalign.evaluate.sound import EXCERPT, HEARD, contours, heard, player, spectrogram
-from diffalign.rewards.clips import Clips, every_clip, is_held_out, synthesise
+from diffalign.rewards.clips import Clips, every_clip, synthesise
 from diffalign.rewards.signal import Signal
 from diffalign.types import Sound
 
 RATE = 4000
-PROMPTS = [clip.caption for clip in every_clip() if is_held_out(clip)]
+PROMPTS = [clip.caption for clip in every_clip()[::4]]
 BY_CAPTION = {clip.caption: clip for clip in every_clip()}
 HOW = {"seconds": 1.28, "temperature": 1.0, "seeds": 2, "seed": 0, "batch_size": 8}
 
