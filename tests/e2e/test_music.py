@@ -119,7 +119,7 @@ def test_other_sounds_with_the_keys_of_pictures(tmp_path, tiny, samples, columns
         lines = [json.loads(line) for line in (tmp_path / run / "run/metrics.jsonl").read_text().splitlines()]
         return [line["loss"] for line in lines if "loss" in line]
 
-    assert losses("whole")[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses("whole")[0] == pytest.approx(math.log(2), abs=1e-3)  # errors near 6, beta 2000: rounding shows
     assert all(abs(loss - losses("whole")[0]) > 0.01 for loss in losses("whole")[1:])
     assert all(torch.equal(x, weights["cut"][name]) for name, x in weights["whole"].items())
     # not the weights: Adam makes full steps of gradients that are zero but for rounding (a bias before a group norm)
