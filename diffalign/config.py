@@ -661,6 +661,8 @@ OF_PICTURES = {"data": ("image_root", "resolution", "aspect_ratio_buckets", "ran
                "model": ("variant", "pretrained_vae_model_name_or_path", "fuse_lora", "distilled"),
                "train": ("enable_xformers_memory_efficient_attention",)}
 _OF_TEXT = ("chat_template", "max_tokens")
+_OF_PIPELINES = ("num_inference_steps", "guidance_scale", "negative_prompt", "scheduler", "timestep_spacing", "height",
+                 "width", "strengths")
 _TOKENS = {likelihood.MaskedELBO: ("masked", "text"), likelihood.CodeLikelihood: ("codes", "codec tokens")}
 
 
@@ -682,10 +684,14 @@ def _check_text(recipe: Recipe) -> None:
                               "out")
     if not isinstance(recipe.source, Stored):
         raise ConfigError(f"source.kind: likelihood.kind={kind} reads stored {subject}; leave it at stored")
-    for name in ("evaluate", "monitor"):
+    for name in ("monitor",) if kind == "codes" else ("evaluate", "monitor"):
         if getattr(recipe, name) is not None:
             raise ConfigError(f"{name}: draws pictures, and likelihood.kind={kind} trains on {subject}; set it to null "
                               "(train.json has the held-out accuracy)")
+    name = next((name for name in _OF_PIPELINES if recipe.evaluate is not None
+                 and getattr(recipe.evaluate, name) != getattr(EvaluateSpec, name)), None)
+    if name is not None:
+        raise ConfigError(f"evaluate.{name}: is of pipelines, and likelihood.kind=codes draws code by code; leave it out")
     if getattr(recipe.reference, "gate", None) is not None:
         raise ConfigError(f"reference.gate: is measured on denoising errors, which {subject} has none of; set it to null")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 
+import numpy as np
 from torch import Tensor
 
 
@@ -51,6 +52,18 @@ class Cond(_Movable):
 
         return Cond(tokens=shared(self.tokens), pooled=shared(self.pooled),
                     extra={name: own(x) for name, x in self.extra.items()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sound:
+    """A clip as people hear it. wave: [channels, samples] float32, full scale is -1 to 1. rate: Hz."""
+
+    wave: np.ndarray
+    rate: int
+
+    @property
+    def seconds(self) -> float:
+        return self.wave.shape[1] / self.rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,10 +9,9 @@ import numpy as np
 from scipy.io import wavfile
 
 from ..errors import DataError
+from ..rewards.sound import SILENT, flat_tops
 
-SILENT = 1e-3      # a peak below it (-60 dB of full scale) is silence
-CLIPPED = 1e-3     # share of samples in flat runs at full scale from which on a clip counts as clipped
-_RUN = 3           # a single sample at full scale is a peak; this many in a row are a flat top
+CLIPPED = 1e-3  # share of samples in flat runs at full scale from which on a clip counts as clipped
 _ZERO = {"u1": 128}
 _SCALE = {"u1": 128.0, "i2": 2.0**15, "i4": 2.0**31}
 
@@ -46,22 +45,13 @@ def check_wave(wave: np.ndarray) -> None:
     peak = float(np.abs(wave).max())
     if peak < SILENT:
         raise DataError(f"is silent (peak {peak:.1g} of full scale)")
-    share = _flat(wave)
+    share = flat_tops(wave)
     if share > CLIPPED:
         raise DataError(f"is clipped ({100 * share:.1f} % of its samples lie in flat tops at full scale); render it lower")
 
 
-def _flat(wave: np.ndarray) -> float:
-    """Share of samples that belong to runs of three or more at full scale, of one sign."""
-    wave = np.pad(wave, ((0, 0), (0, 1))).reshape(-1)  # a zero between the channels
-    full = np.sign(wave) * (np.abs(wave) >= 0.999)
-    edges = np.flatnonzero(np.diff(full, prepend=np.nan, append=np.nan) != 0)
-    runs = np.diff(edges)
-    return float(runs[(full[edges[:-1]] != 0) & (runs >= _RUN)].sum() / len(wave))
-
-
 def write_wav(wave: np.ndarray, rate: int) -> bytes:
-    """[samples] in [-1, 1] -> a WAV file of 16 bits; what lies outside is cut off."""
+    """[samples] or [channels, samples] in [-1, 1] -> a WAV file of 16 bits; what lies outside is cut off."""
     file = io.BytesIO()
-    wavfile.write(file, rate, np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16))
+    wavfile.write(file, rate, np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16).T)
     return file.getvalue()

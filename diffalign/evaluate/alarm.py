@@ -26,7 +26,7 @@ from functools import cache
 import numpy as np
 from scipy.stats import t as student
 
-from .looks import LOOKS
+from .medium import PICTURES, Medium
 from .statistics import FEWEST
 
 TOLD = 3  # reasons in the one sentence; the report has all
@@ -169,14 +169,15 @@ class Alarm:
 
 
 def alarm(looks: np.ndarray, *, training: np.ndarray | None = None, judge: np.ndarray | None = None,
-          diversity: np.ndarray | None = None, names: Sequence[str] | None = None, limits: Limits | None = None) -> Alarm:
+          diversity: np.ndarray | None = None, names: Sequence[str] | None = None, limits: Limits | None = None,
+          medium: Medium = PICTURES) -> Alarm:
     """looks: [2, statistics, P, S], base first, as ``looks.looks`` gives them for P prompts with S pictures each.
 
     training, judge: scores [2, P, S]; judge is one that was not trained on. diversity: [2, P] of ``looks.spread``. names: of
-    the statistics, those of ``LOOKS`` if None. NaN is left out, pair by pair. Without a training reward its rise is taken for
+    the statistics, all of the medium's if None. NaN is left out, pair by pair. Without a training reward its rise is taken for
     granted, something was optimised; a judge that falls is then a worse model, but no reason by itself.
     """
-    limits, names = limits or Limits(), list(LOOKS) if names is None else list(names)
+    limits, names = limits or Limits(), list(medium.looks) if names is None else list(names)
     if looks.ndim != 4 or looks.shape[:2] != (2, len(names)):
         raise ValueError(f"statistics must be [2, {len(names)}, prompts, pictures], got {looks.shape}")
     for name, values, shape in (("training", training, (2, *looks.shape[2:])), ("judge", judge, (2, *looks.shape[2:])),
@@ -187,14 +188,14 @@ def alarm(looks: np.ndarray, *, training: np.ndarray | None = None, judge: np.nd
     rise, held, gap = _change(training, limits.level), _change(judge, limits.level), _gap(training, judge, limits.level)
     doubted = _doubted(held, gap)
     shift, share = (limits.doubted_shift, limits.doubted_diversity) if doubted else (limits.shift, limits.diversity)
-    table = [_statistic(name, looks[:, i], shift, level) for i, name in enumerate(names)]
+    table = [_statistic(name, looks[:, i], shift, level, medium) for i, name in enumerate(names)]
     variety, prompts = _diversity(diversity, share, level), _prompts(looks)
     reasons = []
     if prompts >= FEWEST and (rise is None or rise.rose):
         fallen = rise is not None and _is_below(_change(judge, level), limits.fall)
-        reasons = _reasons(table, variety, held, fallen)
+        reasons = _reasons(table, variety, held, fallen, medium.noun)
     return Alarm(fired=bool(reasons), reasons=reasons, prompts=prompts, statistics=table, diversity=variety, training=rise,
-                 judge=held, gap=gap, doubted=doubted, notes=_notes(prompts, rise, held, variety))
+                 judge=held, gap=gap, doubted=doubted, notes=_notes(prompts, rise, held, variety, medium.noun))
 
 
 def _doubted(held: Change | None, gap: Change | None) -> bool:
@@ -255,9 +256,9 @@ def _deviation(pictures: np.ndarray, moved: np.ndarray) -> float:
     return 1.0
 
 
-def _statistic(name: str, values: np.ndarray, limit: float, level: float) -> Statistic:
+def _statistic(name: str, values: np.ndarray, limit: float, level: float, medium: Medium) -> Statistic:
     """values: [2, P, S]."""
-    band = Band.of(values[0], limit, level, LOOKS[name].least if name in LOOKS else 0.0)
+    band = Band.of(values[0], limit, level, medium.looks[name].least if name in medium.looks else 0.0)
     (base, aligned), _ = _rows(values)
     if not len(base):
         return Statistic(name=name, base=math.nan, aligned=math.nan, shift=0.0, low=-math.inf, high=math.inf,
@@ -301,14 +302,15 @@ def _gap(training: np.ndarray | None, judge: np.ndarray | None, level: float) ->
 
 # --- words ---
 
-def _reasons(table: list[Statistic], variety: Diversity | None, held: Change | None, fallen: bool) -> list[str]:
+def _reasons(table: list[Statistic], variety: Diversity | None, held: Change | None, fallen: bool,
+             noun: str) -> list[str]:
     """The judge's fall, then the statistics, the farthest first, then diversity."""
     found = [_moved("the held-out judge", held)] if fallen else []
     found += [f"{row.name} {'rose' if row.shift > 0 else 'fell'} by {abs(row.shift):.1f} standard deviations of the base "
               f"(band \N{PLUS-MINUS SIGN}{row.band_high:.1f}; from {row.base:.3g} to {row.aligned:.3g})"
               for row in sorted(table, key=lambda row: -abs(row.shift)) if row.left]
     if variety is not None and variety.fell:
-        found.append(f"the pictures of a prompt have become alike: {variety.ratio:.0%} of the base's diversity (interval "
+        found.append(f"the {noun} of a prompt have become alike: {variety.ratio:.0%} of the base's diversity (interval "
                      f"{variety.low:.0%} to {variety.high:.0%}, limit {variety.limit:.0%})")
     return found
 
@@ -319,12 +321,12 @@ def _moved(name: str, change: Change) -> str:
     return f"{name} stayed level ({change.base:.3g} to {change.aligned:.3g})"
 
 
-def _notes(prompts: int, rise: Change | None, held: Change | None, variety: Diversity | None) -> list[str]:
+def _notes(prompts: int, rise: Change | None, held: Change | None, variety: Diversity | None, noun: str) -> list[str]:
     notes = [f"{prompts} prompts are too few to tell, it takes {FEWEST}"] if prompts < FEWEST else []
     if rise is None:
         notes.append("no training reward was measured, so its rise is taken for granted")
     if held is None:
         notes.append("no held-out judge was measured")
     if variety is None:
-        notes.append("diversity was not measured, which takes two pictures a prompt")
+        notes.append(f"diversity was not measured, which takes two {noun} a prompt")
     return notes

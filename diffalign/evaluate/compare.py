@@ -15,8 +15,10 @@ from tqdm.auto import tqdm
 from .. import rng
 from ..errors import ConfigError, DataError
 from ..rewards.base import Reward, identity
+from ..types import Sound
 from ..world import Single, World
 from .alarm import Alarm
+from .medium import PICTURES, Medium
 from .sides import Draw, Place, Side, alarm_of, as_draw, as_one, draw_and_keep, picture_seeds, sampling
 from .spec import ALIGNED, EvaluateSpec
 from .statistics import ERROR, Paired, Sweep, holm, outcomes, paired, sweep
@@ -39,7 +41,7 @@ class Stage:
 @dataclass(frozen=True, kw_only=True)
 class Tile:
     """One prompt's pictures of the same seed, by model. index: row in the prompt list. scores: the judge's, None where it gave
-    none.
+    none. clips: of models of sounds, whose pictures are spectrograms.
     """
 
     index: int
@@ -47,6 +49,7 @@ class Tile:
     seed: int
     pictures: dict[str, Image.Image]
     scores: dict[str, float | None]
+    clips: dict[str, Sound] = field(default_factory=dict)
 
     def winner(self, names: Sequence[str]) -> str | None:
         """Of these, the one with the highest score; None for a tie, or where fewer than two are scored."""
@@ -70,7 +73,7 @@ class Comparison:
     drawn at random; best and worst: the largest gains and losses of the first model, with its and the base's pictures.
     sampling: what the pictures were drawn with. training: names of the rewards that were optimised, None where not known.
     trained: those of ``rewards`` that are among them, or a part of one. held_out: whether the judge is none of them; None
-    where not known. identity: of models and rewards.
+    where not known. identity: of models and rewards. subject: what the models make, "pictures" or "clips".
     """
 
     prompts: list[str]
@@ -93,6 +96,7 @@ class Comparison:
     trained: tuple[str, ...] = ()
     held_out: bool | None = None
     identity: dict[str, Any] = field(default_factory=dict)
+    subject: str = "pictures"
 
     @property
     def base(self) -> str:
@@ -134,7 +138,7 @@ class Comparison:
         found = [self._others()] if len(self.results) > 1 else []
         if self.results and self.held_out is False:
             found.append(f"The judge ({self.judge}) was trained on: not held out. A win shows that training worked, not that "
-                         "the pictures are better.")
+                         f"the {self.subject} are better.")
         return found
 
     @property
@@ -161,7 +165,8 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
             compared: Sequence[str] | None = None, strengths: Mapping[str, float] | None = None,
             training: Sequence[Reward] | None = None, weights: Sequence[float] | None = None,
             facts: Mapping[str, Any] | None = None, show_seeds: int = 1, extremes: int = 6,
-            progress: str | None = "comparing", world: World | None = None) -> Comparison:
+            progress: str | None = "comparing", world: World | None = None, medium: Medium = PICTURES,
+            drawn_with: Mapping[str, Any] | None = None) -> Comparison:
     """models: ``Stage``s, or a mapping of names to diffusers pipelines or callables (prompts, seeds) -> pictures; the first
     name is the base.
 
@@ -169,7 +174,7 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
     no sweep. strengths: sides of a strength sweep. training: rewards that were optimised, None where not known; weights: of
     each, as ``as_one`` takes them, 1 if None. facts: added to ``identity``. run_seed: used where ``spec.seed`` is None.
     show_seeds: seeds per prompt among the tiles. extremes: how many of the largest gains and losses are shown; their pictures
-    are drawn once more.
+    are drawn once more. medium: what the models make, if no pictures; drawn_with: how, where it is not as pipelines do.
 
     Each model is drawn on its own and leaves numbers and the pictures that will be shown, so memory grows neither with the
     number of prompts nor of models. Raises ConfigError where the judge can score no picture of the main model, DataError for
@@ -187,18 +192,19 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
     compared = tuple(compared)
     rewards = _rewards(spec, training)
     places = [(row, number) for row in _random_rows(len(prompts), spec) for number in range(min(show_seeds, spec.seeds))]
-    sides, kept = _drawn(stages, prompts, spec, rewards, places, world, progress)
+    sides, kept = _drawn(stages, prompts, spec, rewards, places, world, progress, medium)
     order = [names[0], *compared, *(name for name in names if name not in (names[0], *compared))]
     sides, kept = ({name: table[name] for name in order} for table in (sides, kept))
     seeds = picture_seeds(prompts, spec.seeds, spec.seed)
-    results = _results(sides, compared, spec) if spec.judge is not None else {}
-    tiles = [_tile(place, prompts, seeds, sides, {name: pictures[place] for name, pictures in kept.items()}, spec.judge)
-             for place in places]
-    best, worst = _extremes(stages, sides, compared[0], prompts, seeds, spec, extremes if results else 0, world)
+    results = _results(sides, compared, spec, medium) if spec.judge is not None else {}
+    tiles = [_tile(place, prompts, seeds, sides, {name: pictures[place] for name, pictures in kept.items()}, spec.judge,
+                   medium) for place in places]
+    best, worst = _extremes(stages, sides, compared[0], prompts, seeds, spec, extremes if results else 0, world, medium)
     return Comparison(
         prompts=prompts, seeds=seeds, judge=spec.judge.name if spec.judge is not None else None, sides=sides, models=compared,
-        results=results, tiles=tiles, best=best, worst=worst, sampling=said(spec), strengths=strengths,
-        alarms=_alarms(sides, compared, spec, rewards, training, weights),
+        results=results, tiles=tiles, best=best, worst=worst, strengths=strengths, subject=medium.noun,
+        sampling=said(spec) if drawn_with is None else dict(drawn_with),
+        alarms=_alarms(sides, compared, spec, rewards, training, weights, medium),
         rewards={reward: _against_base({name: side.rewards[reward] for name, side in sides.items()}, compared, spec)
                  for reward in rewards},
         categories=_by_category(sides, compared, categories, spec) if results else {},
@@ -215,7 +221,7 @@ def compare(models, prompts: Sequence[str], spec: EvaluateSpec, *, run_seed: int
 
 
 def _alarms(sides: Mapping[str, Side], compared: Sequence[str], spec: EvaluateSpec, rewards: Mapping[str, Reward],
-            training: Sequence[Reward] | None, weights: Sequence[float] | None) -> dict[str, Alarm]:
+            training: Sequence[Reward] | None, weights: Sequence[float] | None, medium: Medium) -> dict[str, Alarm]:
     """Of every model beside the base."""
     def scores(reward: Reward) -> list[np.ndarray]:
         if reward == spec.judge:
@@ -227,7 +233,8 @@ def _alarms(sides: Mapping[str, Side], compared: Sequence[str], spec: EvaluateSp
     optimised = as_one([scores(reward) for reward in training], [1.0] * len(training) if weights is None else weights)
     by, base = dict(zip(sides, optimised or ())), next(iter(sides))
     held_out = spec.judge is not None and not trained_on(spec.judge, training)
-    return {name: alarm_of(sides[base], sides[name], training=(by[base], by[name]) if by else None, held_out=held_out)
+    return {name: alarm_of(sides[base], sides[name], training=(by[base], by[name]) if by else None, held_out=held_out,
+                           medium=medium)
             for name in compared}
 
 
@@ -280,7 +287,7 @@ def _parts(value: Any) -> list[Any]:
 def said(spec: EvaluateSpec) -> dict[str, Any]:
     """How the pictures are drawn, for a report: what the pipelines are called with, and the scheduler put into them."""
     return {**sampling(spec), "scheduler": spec.scheduler, "timestep_spacing": spec.timestep_spacing, "seeds": spec.seeds,
-            "seed": spec.seed, "batch_size": spec.batch_size}
+            "seed": spec.seed, "batch_size": spec.batch_size, **({"seconds": spec.seconds} if spec.seconds else {})}
 
 
 def _called(name: str) -> str:
@@ -298,26 +305,26 @@ def _rewards(spec: EvaluateSpec, training: Sequence[Reward] | None) -> dict[str,
 
 
 def _drawn(stages: Sequence[Stage], prompts: list[str], spec: EvaluateSpec, rewards: Mapping[str, Reward],
-           places: list[Place], world: World, progress: str | None):
+           places: list[Place], world: World, progress: str | None, medium: Medium):
     """Sides and kept pictures by name, in the stages' order."""
     sides, kept = {}, {}
     total = len(prompts) * spec.seeds * sum(len(stage.names) for stage in stages)
     hidden = True if progress is None or world.rank else None  # None: hidden where the output is no terminal
-    with tqdm(total=total, desc=progress, unit="picture", disable=hidden) as bar:
+    with tqdm(total=total, desc=progress, unit=medium.noun.removesuffix("s"), disable=hidden) as bar:
         for stage in stages:
             with stage.open() as open_models:
                 for name in stage.names:
                     sides[name], kept[name] = draw_and_keep(
                         open_models[name], prompts, spec.judge, spec, rewards=rewards, keep=places, world=world,
-                        drawn=lambda count: bar.update(min(count * world.size, bar.total - bar.n)))
+                        drawn=lambda count: bar.update(min(count * world.size, bar.total - bar.n)), medium=medium)
     return sides, kept
 
 
-def _results(sides: Mapping[str, Side], compared: Sequence[str], spec: EvaluateSpec) -> dict[str, Paired]:
+def _results(sides: Mapping[str, Side], compared: Sequence[str], spec: EvaluateSpec, medium: Medium) -> dict[str, Paired]:
     found = _against_base({name: side.scores for name, side in sides.items()}, compared, spec)
     if compared[0] not in found:
         raise ConfigError(f'evaluate.judge: reward "{spec.judge.name}" could score none of {sides[compared[0]].scores.size} '
-                          "pairs of pictures; choose a judge that understands these prompts")
+                          f"pairs of {medium.noun}; choose a judge that understands these prompts")
     return found
 
 
@@ -347,14 +354,15 @@ def _random_rows(count: int, spec: EvaluateSpec) -> list[int]:
     return sorted(rng.permutation(count, spec.seed, "grid")[: spec.grid_prompts].tolist())
 
 
-def _tile(place: Place, prompts: list[str], seeds: np.ndarray, sides: Mapping[str, Side], pictures: dict[str, Image.Image],
-          judge: Reward | None) -> Tile:
-    return Tile(index=place[0], prompt=prompts[place[0]], seed=int(seeds[place]), pictures=pictures,
-                scores={name: None if judge is None else _number(sides[name].scores[place]) for name in pictures})
+def _tile(place: Place, prompts: list[str], seeds: np.ndarray, sides: Mapping[str, Side], samples: dict[str, Any],
+          judge: Reward | None, medium: Medium) -> Tile:
+    return Tile(index=place[0], prompt=prompts[place[0]], seed=int(seeds[place]), clips=samples if medium.audible else {},
+                pictures={name: medium.picture(sample) for name, sample in samples.items()},
+                scores={name: None if judge is None else _number(sides[name].scores[place]) for name in samples})
 
 
 def _extremes(stages: Sequence[Stage], sides: Mapping[str, Side], main: str, prompts: list[str], seeds: np.ndarray,
-              spec: EvaluateSpec, count: int, world: World) -> tuple[list[Tile], list[Tile]]:
+              spec: EvaluateSpec, count: int, world: World, medium: Medium) -> tuple[list[Tile], list[Tile]]:
     """(largest gains, largest losses), the largest first; the first process draws their pictures again."""
     base = next(iter(sides))
     gains = sides[main].scores.astype(np.float64) - sides[base].scores
@@ -365,7 +373,7 @@ def _extremes(stages: Sequence[Stage], sides: Mapping[str, Side], main: str, pro
     wanted = [*best, *worst]
     if not wanted or world.rank:
         return [], []
-    pictures: dict[str, dict[Place, Image.Image]] = {}
+    pictures: dict[str, dict[Place, Any]] = {}
     for stage in stages:
         shown = [name for name in stage.names if name in (base, main)]
         if shown:
@@ -374,8 +382,8 @@ def _extremes(stages: Sequence[Stage], sides: Mapping[str, Side], main: str, pro
                     draw = as_draw(open_models[name], spec)
                     drawn = draw([prompts[row] for row, _ in wanted], [int(seeds[place]) for place in wanted])
                     pictures[name] = dict(zip(wanted, drawn, strict=True))
-    tiles = {place: _tile(place, prompts, seeds, sides, {name: pictures[name][place] for name in (base, main)}, spec.judge)
-             for place in wanted}
+    tiles = {place: _tile(place, prompts, seeds, sides, {name: pictures[name][place] for name in (base, main)}, spec.judge,
+                          medium) for place in wanted}
     return [tiles[place] for place in best], [tiles[place] for place in worst]
 
 

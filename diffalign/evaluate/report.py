@@ -26,7 +26,7 @@ from .card import loading
 from .compare import Comparison, Tile, statistics_dict
 from .curves import drawings, read_metrics
 from .files import clean, write, write_json
-from .sound import Sounds
+from .sound import EXCERPT, player
 from .statistics import Paired
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
@@ -67,15 +67,13 @@ class Run:
     subject: str = "pictures"
 
 
-def write_report(folder: Path | str, run: Run, comparison: Comparison | None, sounds: Sounds | None = None) -> dict[str, Any]:
-    """Writes report.json, report.html and the grids into ``folder``, each atomically; returns what report.json holds. sounds:
-    clips to listen to, of a model that makes no pictures.
-    """
+def write_report(folder: Path | str, run: Run, comparison: Comparison | None) -> dict[str, Any]:
+    """Writes report.json, report.html and the grids into ``folder``, each atomically; returns what report.json holds."""
     folder = Path(folder)
     report = build(run, comparison)
     if comparison is not None and comparison.tiles:
         write_grids(folder, run.title, comparison)
-    write(folder / "report.html", page(report, run, comparison, sounds).encode())
+    write(folder / "report.html", page(report, run, comparison).encode())
     write_json(folder / "report.json", report)
     return report
 
@@ -179,14 +177,15 @@ def _picture_grid(comparison: Comparison, labels: dict[str, str], title: str, no
                 details=[f"seed {tile.seed}" for tile in tiles])
 
 
-def page(report: dict, run: Run, comparison: Comparison | None, sounds: Sounds | None = None) -> str:
+def page(report: dict, run: Run, comparison: Comparison | None) -> str:
     """The HTML page, complete in itself: no network, no fonts, no libraries."""
     return render(
-        "report.html.j2", report=report, run=run, comparison=comparison, sounds=sounds,
+        "report.html.j2", report=report, run=run, comparison=comparison,
         curves=drawings(read_metrics(run.metrics)) if run.metrics else [],
         config=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True) if report["config"] else "",
         identity=yaml.safe_dump(report["identity"], sort_keys=False, allow_unicode=True) if report["identity"] else "",
-        note=_note(comparison) if comparison else "", loading=loading(run) if run.method else None,
+        note=_note(comparison) if comparison else "",
+        how=_how(comparison) if comparison else "", loading=loading(run) if run.method else None,
         strength_labels=_strength_labels(comparison) if comparison else {})
 
 
@@ -200,7 +199,8 @@ def render(template: str, **values) -> str:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "score": _score, "duration": _duration, "picture": _data_uri,
-                            "count": lambda n: "not known" if n is None else f"{n:,}", "p_value": _p_value,
+                            "player": player, "count": lambda n: "not known" if n is None else f"{n:,}",
+                            "p_value": _p_value,
                             "signed": lambda x: "not known" if x is None else f"{x:+.2f}"}
     script = environment.get_template("report.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -334,8 +334,29 @@ def _note(comparison: Comparison) -> str:
     sampling, shown, total = comparison.sampling, len({tile.index for tile in comparison.tiles}), len(comparison.prompts)
     which = "all prompts" if shown == total else f"{shown} of {total:,} prompts, drawn at random"
     scheduler = f" with {sampling['scheduler']}" if sampling.get("scheduler") else ""
-    return (f"Same prompt and seed in a row. {which[0].upper()}{which[1:]}. {sampling['num_inference_steps']} steps"
-            f"{scheduler}, guidance {sampling['guidance_scale']:g}.")
+    how = _how(comparison, scheduler)
+    return (f"Same prompt and seed in a row. {which[0].upper()}{which[1:]}. {how[0].upper()}{how[1:]}."
+            f"{_heard(comparison) if comparison.subject == 'clips' else ''}")
+
+
+def _how(comparison: Comparison, scheduler: str = "") -> str:
+    """How the samples were drawn."""
+    sampling, clips = comparison.sampling, [clip for tile in comparison.tiles for clip in tile.clips.values()]
+    parts = [f"clips of {clips[0].seconds:.4g} s"] if clips else []
+    if sampling.get("num_inference_steps"):
+        parts.append(f"{sampling['num_inference_steps']} steps{scheduler}, guidance {sampling['guidance_scale']:g}")
+    if sampling.get("temperature") is not None:
+        parts.append(f"temperature {sampling['temperature']:g}, no guidance")
+    return ", ".join(parts)
+
+
+def _heard(comparison: Comparison) -> str:
+    """What a spectrogram shows, and what a player plays."""
+    clips = [clip for tile in (*comparison.tiles, *comparison.best, *comparison.worst) for clip in tile.clips.values()]
+    cut = f" Players hold the first {EXCERPT:g} s." if any(clip.seconds > EXCERPT for clip in clips) else ""
+    rates = " and ".join(f"{rate:,}" for rate in sorted({clip.rate for clip in clips}))
+    return (f" Spectrograms of clips at {rates} Hz: time to the right, frequency upwards from 0 to half of that, 60 dB from "
+            f"yellow to black.{cut}")
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -13,22 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from ..errors import ConfigError
 from ..methods.base import Context
 from ..rewards.base import Reward, judged
 from ..sampling.generate import generate, picture_seed
-from ..types import Batch, Memory
+from ..sampling.music import checked_sounds
+from ..sampling.sound import clips, makes_sounds, rate_of
+from ..types import Batch, Memory, Sound
 from ..world import Single, World
 from .alarm import Alarm, Limits, alarm
 from .files import write
-from .looks import LOOKS, looks, spread
+from .medium import PICTURES, Medium
 from .preference import Margins, measure
 from .shards import blocks, exchange, packed, unpacked
 from .spec import EvaluateSpec
 from .statistics import Paired, bootstrap, paired
 
-Draw = Callable[[list[str], list[int]], list[Image.Image]]
+Draw = Callable[[list[str], list[int]], list[Any]]  # prompts, seeds -> pictures, or clips
 Place = tuple[int, int]  # a picture: row of its prompt, number of its seed
 
 
@@ -37,9 +39,8 @@ class Side:
     """One model on P prompts with S pictures each.
 
     scores: [P, S] float32 of the judge, NaN where it cannot score (everywhere without a judge). rewards: the same for further
-    rewards, by name. statistics: [n, P, S], in the order of ``LOOKS``. spread: [P], mean distance between a prompt's pictures
-    (``looks.spread``); NaN with one picture. margins: [pairs, draws] of ``pair_margins``, or
-    None where they were not measured.
+    rewards, by name. statistics: [n, P, S], in the order of the medium's ``looks``. spread: [P], mean distance between a
+    prompt's pictures; NaN with one picture. margins: [pairs, draws] of ``pair_margins``, or None where they were not measured.
     """
 
     scores: np.ndarray
@@ -91,8 +92,10 @@ def draw_side(model, prompts: Sequence[str], judge: Reward | None, spec: Evaluat
 
 def draw_and_keep(model, prompts: Sequence[str], judge: Reward | None, spec: EvaluateSpec, *,
                   rewards: Mapping[str, Reward] | None = None, keep: Collection[Place] = (), world: World | None = None,
-                  drawn: Callable[[int], None] = lambda count: None) -> tuple[Side, dict[Place, Image.Image]]:
-    """A side, and the pictures at the places ``keep``. drawn: called with the number of pictures after each block.
+                  drawn: Callable[[int], None] = lambda count: None,
+                  medium: Medium = PICTURES) -> tuple[Side, dict[Place, Any]]:
+    """A side, and the pictures at the places ``keep``. drawn: called with the number of pictures after each block. medium: of
+    the model, whose pictures may be clips.
 
     Works in blocks of ``spec.batch_size`` pictures that the processes of ``world`` share, and forgets a block's pictures but
     those to keep, so memory does not grow with the number of prompts. All processes get the same result, which does not depend
@@ -110,11 +113,11 @@ def draw_and_keep(model, prompts: Sequence[str], judge: Reward | None, spec: Eva
             texts = [prompt for prompt in prompts[rows] for _ in range(spec.seeds)]
             images = draw(list(texts), seeds[rows].ravel().tolist())
             if len(images) != len(texts):
-                raise ValueError(f"{len(images)} pictures came back for {len(texts)} prompts")
+                raise ValueError(f"{len(images)} {medium.noun} came back for {len(texts)} prompts")
             drawn(len(images))
-            measured = _measured(images, texts, judge, rewards, spec.seeds)
+            measured = _measured(images, texts, judge, rewards, spec.seeds, medium)
             found |= {f"{name} {rows.start}": values for name, values in measured.items()}
-            found |= {f"picture {row} {number}": np.asarray(images[(row - rows.start) * spec.seeds + number].convert("RGB"))
+            found |= {f"picture {row} {number}": medium.pack(images[(row - rows.start) * spec.seeds + number])
                       for row, number in keep if rows.start <= row < rows.stop}
         return found
 
@@ -123,11 +126,11 @@ def draw_and_keep(model, prompts: Sequence[str], judge: Reward | None, spec: Eva
              for name in ("scores", "rewards", "statistics", "spread")}
     side = Side(scores=table["scores"], statistics=np.moveaxis(table["statistics"], 0, 1), spread=table["spread"],
                 rewards=dict(zip(rewards, np.moveaxis(table["rewards"], 0, 1), strict=True)))
-    return side, {place: Image.fromarray(found["picture {} {}".format(*place)]) for place in keep}
+    return side, {place: medium.unpack(found["picture {} {}".format(*place)]) for place in keep}
 
 
-def _measured(images: list[Image.Image], texts: list[str], judge: Reward | None, rewards: Mapping[str, Reward],
-              count: int) -> dict[str, np.ndarray]:
+def _measured(images: list[Any], texts: list[str], judge: Reward | None, rewards: Mapping[str, Reward], count: int,
+              medium: Medium) -> dict[str, np.ndarray]:
     """Of one block of prompts with ``count`` pictures each: arrays whose first axis is the prompt."""
     scores = np.full(len(images), np.nan, np.float32) if judge is None else judged(judge, images, texts).numpy()
     others = [scores if reward == judge else judged(reward, images, texts).numpy() for reward in rewards.values()]
@@ -138,8 +141,8 @@ def _measured(images: list[Image.Image], texts: list[str], judge: Reward | None,
 
     return {"scores": scores.reshape(-1, count),
             "rewards": by_prompt(np.asarray(others, np.float32).reshape(len(others), len(images))),
-            "statistics": by_prompt(looks(images)),
-            "spread": spread(images, count)}
+            "statistics": by_prompt(medium.measure(images)),
+            "spread": medium.spread(images, count)}
 
 
 def _in_order(found: Mapping[str, np.ndarray], name: str) -> list[str]:
@@ -160,11 +163,22 @@ def picture_seeds(prompts: Sequence[str], count: int, seed: int) -> np.ndarray:
 
 
 def as_draw(model, spec: EvaluateSpec) -> Draw:
-    """A callable (prompts, seeds) -> pictures from a pipeline, or the callable itself."""
+    """A callable (prompts, seeds) -> pictures or clips from a pipeline, or the callable itself."""
+    if makes_sounds(model):
+        return lambda prompts, seeds: _sounds(model, spec, prompts, seeds)
     if hasattr(model, "components"):  # a diffusers pipeline; it is callable too, with another meaning
         return lambda prompts, seeds: generate(model, prompts, seeds, batch_size=spec.batch_size, progress=None,
                                                **sampling(spec))
     return model
+
+
+def _sounds(pipe, spec: EvaluateSpec, prompts: list[str], seeds: list[int]) -> list[Sound]:
+    try:
+        waves = clips(pipe, prompts, seeds, seconds=spec.seconds, num_inference_steps=spec.num_inference_steps,
+                      guidance_scale=spec.guidance_scale, progress=None)
+    except ConfigError as error:
+        raise ConfigError(f"evaluate.{error}") from None
+    return checked_sounds(waves.numpy(), rate_of(pipe), prompts, seeds)
 
 
 def sampling(spec: EvaluateSpec) -> dict[str, Any]:
@@ -210,14 +224,14 @@ def _standardised(scores: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def alarm_of(base: Side, side: Side, *, training: tuple[np.ndarray, np.ndarray] | None = None,
-             held_out: bool = False, limits: Limits | None = None) -> Alarm:
+             held_out: bool = False, limits: Limits | None = None, medium: Medium = PICTURES) -> Alarm:
     """What the alarm says of a side. training: both sides' scores [P, S] by what was optimised. held_out: whether ``scores``
     are of a judge that was not trained on. Statistics that were measured of neither side are left out.
     """
     known = np.isfinite(base.statistics).any((1, 2)) & np.isfinite(side.statistics).any((1, 2))
     spread = np.stack([base.spread, side.spread])
-    return alarm(np.stack([base.statistics, side.statistics])[:, known], names=[n for n, k in zip(LOOKS, known) if k],
-                 limits=limits,
+    return alarm(np.stack([base.statistics, side.statistics])[:, known], limits=limits, medium=medium,
+                 names=[name for name, k in zip(medium.looks, known, strict=True) if k],
                  training=None if training is None else np.stack(training),
                  judge=np.stack([base.scores, side.scores]) if held_out and np.isfinite(base.scores).any() else None,
                  diversity=None if np.isnan(spread).all() else spread)

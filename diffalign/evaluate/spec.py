@@ -60,6 +60,7 @@ class EvaluateSpec:
     seeds: pictures per prompt and model; the interval is a bootstrap over prompts. seed: null takes the run's.
     grid_prompts: rows of grid.png, drawn at random.
 
+    seconds: of a clip, where models of sounds are compared; null takes the pipeline's own, and the longest of token music.
     scheduler: a diffusers class, such as LCMScheduler or EulerAncestralDiscreteScheduler; null keeps the pipeline's own.
     timestep_spacing: null keeps the scheduler's; few-step models want "trailing" (999, 749, 499, 249 for 4 steps).
     """
@@ -80,6 +81,7 @@ class EvaluateSpec:
     batch_size: int = 8
     height: int | None = None
     width: int | None = None
+    seconds: float | None = None
     bootstrap_resamples: int = 10_000
     grid_prompts: int = 12
 
@@ -90,6 +92,8 @@ class EvaluateSpec:
         if self.bootstrap_resamples < FEWEST:
             raise ValueError(f"bootstrap_resamples must be at least {FEWEST}: fewer give no interval, got "
                              f"{self.bootstrap_resamples}")
+        if self.seconds is not None and not 0 < self.seconds <= LARGEST:
+            raise ValueError(f"seconds must be above 0, got {self.seconds}")
         if self.guidance_scale < 0:
             raise ValueError(f"guidance_scale must not be negative, got {self.guidance_scale}")
         for name in ("height", "width"):

@@ -81,7 +81,7 @@ def load(pipe, file: Path, adapter: str = "default_0") -> None:
     """
     check_weights([file], "the trained LoRA")
     if file.name == PEFT:
-        return _load_peft(pipe, file, adapter)
+        return load_peft(pipe.unet if hasattr(pipe, "unet") else pipe.transformer, file, adapter)
     try:
         with warnings.catch_warnings(), _silent("diffusers.loaders.peft"):  # logs hundreds of lines before it raises
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several, on purpose
@@ -95,11 +95,12 @@ def load(pipe, file: Path, adapter: str = "default_0") -> None:
     return None
 
 
-def _load_peft(pipe, file: Path, adapter: str) -> None:
+def load_peft(module: nn.Module, file: Path, adapter: str = ADAPTER) -> None:
+    """Put the LoRA of ``write_peft`` on a denoiser, where it is active at once. Raises ModelError, one line."""
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    module = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    check_weights([file], "the trained LoRA")
     try:
         config = LoraConfig.from_pretrained(str(file.parent))
         inject_adapter_in_model(config, module, adapter)

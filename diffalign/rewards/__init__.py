@@ -1,11 +1,14 @@
-"""Anything that scores pictures. Built-in rewards are a literal table; a third party's come by the entry points
+"""Anything that scores pictures or clips. Built-in rewards are a literal table; a third party's come by the entry points
 "diffalign.rewards" of its package, or from a file that the command line names with --rewards-from.
 """
 
 from .aesthetic import Aesthetic
-from .base import Reward, check, columns_of, identity, judged
+from .audiobox import Audiobox
+from .base import Reward, check, columns_of, identity, judged, subject_of
 from .blend import Calibrated, LogSigmoidCentred, Minimum, WeightedSum, ZScore
+from .clap import Clap
 from .clip import ClipScore, HPSv2, PickScore
+from .clips import Clips
 from .hpsv3 import HPSv3
 from .image_reward import ImageReward
 from .latent import Latent
@@ -15,6 +18,7 @@ from .ocr import TextRendering
 from .remote import RemoteReward, VLMJudge
 from .rules import Brightness, Colourfulness, Compressibility
 from .scenes import SceneChecker
+from .signal import Signal
 
 REWARDS = {
     "scenes": SceneChecker,
@@ -40,6 +44,10 @@ REWARDS = {
     "remote": RemoteReward,
     "vlm": VLMJudge,
     "latent": Latent,
+    "clips": Clips,
+    "clap": Clap,
+    "audiobox": Audiobox,
+    "signal": Signal,
 }
 
-__all__ = ["REWARDS", "Reward", "check", "columns_of", "identity", "judged"]
+__all__ = ["REWARDS", "Reward", "check", "columns_of", "identity", "judged", "subject_of"]

@@ -1,4 +1,4 @@
-"""What a reward is, and the one place where pictures are converted for rewards."""
+"""What a reward is, and the one place where pictures are converted for rewards (clips: ``sound.py``)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError, ResourceError, RewardError, UserError
+from ..errors import ConfigError, DataError, ResourceError, RewardError, UserError
 
 
 class Reward(Protocol):
     """images: N pictures, prompts: N texts -> [N] float32, higher is better. A frozen dataclass whose fields are its options.
 
+    subject: "pictures", which may be left out, or "clips": then images are N ``types.Sound``s.
     NaN means "could not score", never 0. No side effects: the same picture has the same score, alone or in a batch.
     differentiable: whether gradients reach the pictures when they are float tensors [3, H, W] in [0, 1]. columns: names of
     what it reads besides picture and prompt, handed over as keyword lists of N values (a user's name, say).
@@ -29,6 +30,7 @@ class Reward(Protocol):
     name: ClassVar[str]
     differentiable: ClassVar[bool]
     columns: ClassVar[tuple[str, ...]] = ()
+    subject: ClassVar[str] = "pictures"
 
     def __call__(self, images: Any, prompts: Sequence[str], **columns: Sequence) -> Tensor: ...
 
@@ -50,13 +52,14 @@ def judged(reward: Reward, images: Sequence[Any], prompts: Sequence[str],
 
 def asked(reward: Reward, images: Sequence[Any], prompts: Sequence[str], columns: Mapping[str, Sequence]) -> Tensor:
     """The reward's scores as it gave them, [N] float32, with gradient if there is one. Raises as ``judged`` does."""
-    with _named(reward, f"failed on {len(prompts)} pictures"):
+    subject = subject_of(reward)
+    with _named(reward, f"failed on {len(prompts)} {subject}"):
         scores = reward(images, prompts, **columns)
-    with _named(reward, "must give one number per picture"):
+    with _named(reward, f"must give one number per {subject.removesuffix('s')}"):
         scores = torch.as_tensor(scores).float()
     if scores.shape != (len(prompts),):
-        raise RewardError(f'reward "{reward.name}" gave scores of shape {tuple(scores.shape)} for {len(prompts)} pictures; it '
-                          "must give one number per picture")
+        raise RewardError(f'reward "{reward.name}" gave scores of shape {tuple(scores.shape)} for {len(prompts)} {subject}; '
+                          f"it must give one number per {subject.removesuffix('s')}")
     return scores
 
 
@@ -79,8 +82,18 @@ def columns_of(reward: Reward) -> tuple[str, ...]:
     return tuple(getattr(reward, "columns", ()))
 
 
-def check(reward: Reward) -> None:
-    """Raises a UserError for what is wrong with a reward's options, as far as can be told without loading weights."""
+def subject_of(reward: Reward) -> str:
+    """What it scores: "pictures" or "clips"."""
+    return getattr(reward, "subject", "pictures")
+
+
+def check(reward: Reward, subject: str = "pictures") -> None:
+    """Raises a UserError for what is wrong with a reward's options, as far as can be told without loading weights, and for
+    one that scores something else than ``subject``.
+    """
+    if subject_of(reward) != subject:
+        raise ConfigError(f'reward "{reward.name}" scores {subject_of(reward)}, and here are {subject}; choose a reward of '
+                          f"{subject}")
     if hasattr(reward, "check"):
         with _named(reward, "failed in its check()"):
             reward.check()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import Reward, asked, check, columns_of, identity
+from .base import Reward, asked, check, columns_of, identity, subject_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,11 @@ class _Blend:
         return all(reward.differentiable for reward in self.rewards)
 
     @property
+    def subject(self) -> str:
+        """What the parts score; ``check`` refuses parts of several subjects."""
+        return subject_of(self.rewards[0])
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Every further column that some part reads, in the order of the parts."""
         return tuple(dict.fromkeys(name for reward in self.rewards for name in columns_of(reward)))
@@ -63,7 +68,7 @@ class _Blend:
     def check(self) -> None:
         """What every part can say before any weight is loaded."""
         for reward in self.rewards:
-            check(reward)
+            check(reward, self.subject)
 
     def identity(self) -> dict:
         """The parts with all that pins their numbers, and how they are combined."""

@@ -6,7 +6,6 @@ Never evaluate with the CLAP that gave the reward.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
 from torch import Tensor
 
 from ..models.load import loading
+from ..types import Sound
+from .sound import score_each_clip, waveform
 from .weights import folder_weights, model_folder, on_device, sha256
 
 FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "tokenizer*.json", "special_tokens_map.json",
@@ -26,29 +26,23 @@ FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "tokeni
 
 @dataclass(frozen=True, kw_only=True)
 class Clap:
-    """clips: N waveforms [samples] in [-1, 1] at ``rate`` Hz -> cosines [N] in [-1, 1]; NaN for a clip that is empty or not
-    finite.
+    """clips: N ``Sound``s -> cosines [N] in [-1, 1]; NaN for a clip that is empty or not finite.
 
-    Clips are resampled to the model's own rate (48 kHz) and cut into windows of its length (10 s), whose cosines are averaged.
-    pretrained_model_name_or_path: a folder or hub id with safetensors, such as laion/larger_clap_music.
+    Channels are averaged, clips resampled to the model's own rate (48 kHz) and cut into windows of its length (10 s), whose
+    cosines are averaged. pretrained_model_name_or_path: a folder or hub id with safetensors, such as laion/larger_clap_music.
     """
 
     pretrained_model_name_or_path: str
-    rate: int
     revision: str | None = None
     device: str | None = None
     name: ClassVar[str] = "clap"
+    subject: ClassVar[str] = "clips"
     differentiable: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ()
 
-    def __post_init__(self):
-        if self.rate < 1:
-            raise ValueError(f"rate is in Hz, at least 1, got {self.rate}")
-
     @torch.no_grad()
-    def __call__(self, clips: Sequence[Tensor | np.ndarray], prompts: Sequence[str]) -> Tensor:
-        waves = [np.asarray(clip, np.float64) for clip in clips]
-        return torch.tensor([self._one(wave, prompt) for wave, prompt in zip(waves, prompts, strict=True)])
+    def __call__(self, clips: Sequence[Sound], prompts: Sequence[str]) -> Tensor:
+        return score_each_clip(self._one, clips, prompts)
 
     def check(self) -> None:
         """Raises ModelError unless the weights are there; a hub id is downloaded, nothing is loaded."""
@@ -58,14 +52,12 @@ class Clap:
         files = folder_weights(self._folder, self.pretrained_model_name_or_path)
         return {"model": self.pretrained_model_name_or_path, "revision": self.revision, "weights": sha256(files)}
 
-    def _one(self, wave: np.ndarray, prompt: str) -> float:
-        if wave.size == 0 or not np.isfinite(wave).all():
-            return math.nan
+    def _one(self, clip: Sound, prompt: str) -> float:
         model, features, tokenizer = self._parts
         longest = model.config.text_config.max_position_embeddings - 2  # RoBERTa counts positions from 2
         words = tokenizer([prompt], return_tensors="pt", truncation=True, max_length=longest)
         text = model.get_text_features(**words.to(model.device)).pooler_output
-        windows = segments(resampled(wave, self.rate, features.sampling_rate), features.nb_max_samples)
+        windows = segments(waveform(clip, features.sampling_rate), features.nb_max_samples)
         heard = features(windows, sampling_rate=features.sampling_rate, return_tensors="pt").to(model.device)
         sound = model.get_audio_features(**heard).pooler_output
         return float((sound @ text.T).mean())  # both have length 1
@@ -84,12 +76,6 @@ class Clap:
             return (model.to(on_device(self.device)).eval().requires_grad_(False),
                     ClapFeatureExtractor.from_pretrained(self._folder, local_files_only=True),
                     AutoTokenizer.from_pretrained(self._folder, local_files_only=True))
-
-
-def resampled(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
-    """[samples] at ``rate`` Hz -> at ``wanted`` Hz, by a polyphase filter."""
-    shared = math.gcd(rate, wanted)
-    return wave if rate == wanted else resample_poly(wave, wanted // shared, rate // shared)
 
 
 def segments(wave: np.ndarray, length: int) -> list[np.ndarray]:

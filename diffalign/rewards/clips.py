@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from ..types import Sound
+from .sound import SILENT, score_each_clip, waveform
 
 RATE, SAMPLES, FRAME = 4000, 5120, 80  # Hz, samples of a clip, samples of a codec frame
 TEMPI = {"slow": 2, "medium": 4, "fast": 8}  # notes a clip
 PITCHES = {"b": 250, "d": 300, "f": 350, "g": 400, "a": 450, "c": 500}  # Hz
 INSTRUMENTS = {"flute": (1.0, 0.0, 0.0), "clarinet": (1.0, 0.0, 0.9), "violin": (1.0, 0.8, 0.4)}  # amplitudes of harmonics
-SILENT = 1e-3  # a peak below it (-60 dB of full scale) is silence
 _HELD = 0.6  # share of a note's time that sounds
 _NEAR = 12.5  # Hz around a pitch that still count as it
 _ALIKE = 0.35  # largest distance of (second, third harmonic) from an instrument's
@@ -114,17 +115,20 @@ def _harmonics(wave: np.ndarray) -> tuple[float, tuple[float, float]] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Clips:
-    """Share of a caption's three attributes that are heard in the clip: 0, 1/3, 2/3 or 1. NaN for a caption of another kind.
+    """Share of a caption's three attributes that are heard in the clip: 0, 1/3, 2/3 or 1; 0 for silence. NaN for a caption of
+    another kind, and for a clip that is empty or not finite.
 
-    clips: N waveforms [samples] at 4 kHz.
+    clips: N ``Sound``s, resampled to 4 kHz, or waveforms [samples] at 4 kHz.
     """
 
     name: ClassVar[str] = "clips"
+    subject: ClassVar[str] = "clips"
     differentiable: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(self, clips: Sequence[Tensor | np.ndarray], prompts: Sequence[str]) -> Tensor:
-        return torch.tensor([_share(np.asarray(clip), prompt) for clip, prompt in zip(clips, prompts, strict=True)])
+    def __call__(self, clips: Sequence[Sound | Tensor | np.ndarray], prompts: Sequence[str]) -> Tensor:
+        sounds = [clip if isinstance(clip, Sound) else Sound(wave=np.asarray(clip)[None], rate=RATE) for clip in clips]
+        return score_each_clip(lambda clip, prompt: _share(waveform(clip, RATE), prompt), sounds, prompts)
 
 
 def _share(wave: np.ndarray, prompt: str) -> float:

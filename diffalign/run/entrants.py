@@ -14,14 +14,17 @@ import torch
 
 from ..config import Evaluation, Recipe
 from ..errors import ConfigError
-from ..evaluate.compare import Stage, adapters_off
+from ..evaluate.compare import Stage, adapters_off, said
+from ..evaluate.medium import CLIPS, PICTURES, Medium
 from ..evaluate.sides import Draw, as_draw
 from ..evaluate.spec import ALIGNED, BASE, Entrant, EvaluateSpec, strength_side
 from ..models.folder import check_weights, content, digest, weight_files
 from ..models.fuse import lora_file
 from ..models.load import encoder_facts, inspect, load_pipeline, model_identity
+from ..models.lora import adapter_layers
+from ..models.lora import adapters_off as layers_off
 from ..models.lora import load as load_lora
-from ..models.spec import ModelSpec
+from ..models.spec import PEFT, ModelSpec
 from ..sampling.scheduler import make_scheduler
 from ..train.checkpoint import checkpoints
 from .words import LORA_FILE, PIPELINE
@@ -61,6 +64,7 @@ class Entrants:
     models: dict[str, Model]
     compared: tuple[str, ...]
     strengths: dict[str, float] = field(default_factory=dict)
+    medium: Medium = PICTURES
 
     @classmethod
     def of(cls, recipe: Recipe | Evaluation) -> Entrants:
@@ -70,7 +74,12 @@ class Entrants:
         models |= {name: _entrant(recipe, name, entrant) for name, entrant in spec.models.items()}
         compared = tuple(models)[1:]
         swept, strengths = _swept(models, compared[0], spec.strengths)
-        return cls(models=models | swept, compared=compared, strengths=strengths)
+        return cls(models=models | swept, compared=compared, strengths=strengths,
+                   medium=CLIPS if inspect(recipe.model)[1].audio else PICTURES)
+
+    def drawn_with(self, spec: EvaluateSpec) -> dict[str, Any]:
+        """For a report."""
+        return said(spec)
 
     def stages(self, spec: EvaluateSpec, device: torch.device | str) -> list[Stage]:
         """One for each pipeline; a pipeline stays in memory until another is needed."""
@@ -111,7 +120,8 @@ class _Pipelines:
             torch.cuda.empty_cache()
         pipe = load_pipeline(model.spec)
         if model.weights:
-            _replace_weights(pipe, model)
+            put_weights(getattr(pipe, inspect(model.spec)[1].component), model.weights,
+                        model.spec.pretrained_model_name_or_path)
         spec = self.spec
         if spec.scheduler or spec.timestep_spacing:
             own = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
@@ -121,27 +131,45 @@ class _Pipelines:
     def _draw(self, model: Model, prompts: list[str], seeds: list[int]) -> list:
         draw = as_draw(self.pipe, self.spec)
         if model.lora is not None:
-            self.pipe.enable_lora()
-            self.pipe.set_adapters([self.adapters[model.lora]], [model.scale])
+            self._put_on(self.adapters[model.lora], model.scale)
             return draw(prompts, seeds)
         if not self.adapters:
             return draw(prompts, seeds)
-        with adapters_off(self.pipe):
+        with adapters_off(self.pipe) if hasattr(self.pipe, "disable_lora") else layers_off(self._layers()):
             return draw(prompts, seeds)
+
+    def _put_on(self, adapter: str, scale: float) -> None:
+        """This LoRA alone."""
+        if hasattr(self.pipe, "set_adapters"):
+            self.pipe.enable_lora()
+            self.pipe.set_adapters([adapter], [scale])
+            return
+        for layer in self._layers():  # of a pipeline that knows no LoRA
+            layer.set_adapter(adapter)
+            layer.set_scale(adapter, scale)
+
+    def _layers(self) -> list:
+        return adapter_layers(getattr(self.pipe, inspect(self.key[0])[1].component))
 
 
 def _trained(recipe: Recipe) -> Model:
     """What the run has written for people."""
     output_dir = Path(recipe.output_dir)
     if recipe.model.lora is not None:
-        if not (output_dir / LORA_FILE).is_file():
+        lora = _lora_in(output_dir)
+        if lora is None:
             raise ConfigError(f"{output_dir / LORA_FILE}: is missing; run `diffalign train` first")
-        return Model(spec=recipe.model, lora=output_dir / LORA_FILE)
+        return Model(spec=recipe.model, lora=lora)
     if not (output_dir / PIPELINE).is_dir():  # or its name would pass for a hub id
         raise ConfigError(f"{output_dir / PIPELINE}: is missing; run `diffalign train` first, with model.lora=null")
     # the saved weights hold what was fused into their base
     return Model(spec=replace(recipe.model, pretrained_model_name_or_path=str(output_dir / PIPELINE), revision=None,
                               variant=None, pretrained_vae_model_name_or_path=None, fuse_lora=None))
+
+
+def _lora_in(folder: Path) -> Path | None:
+    """The LoRA that training wrote there: diffusers' layout, or peft's for pipelines that load none."""
+    return next((folder / name for name in (LORA_FILE, PEFT) if (folder / name).is_file()), None)
 
 
 def _entrant(recipe: Recipe | Evaluation, name: str, entrant: Entrant) -> Model:
@@ -153,7 +181,7 @@ def _entrant(recipe: Recipe | Evaluation, name: str, entrant: Entrant) -> Model:
         spec = ModelSpec(pretrained_model_name_or_path=entrant.pretrained_model_name_or_path, revision=entrant.revision,
                          variant=entrant.variant)
         inspect(spec)
-    file = None if entrant.lora is None else lora_file(entrant.lora, f"{option}.lora")
+    file = None if entrant.lora is None else _lora_in(Path(entrant.lora)) or lora_file(entrant.lora, f"{option}.lora")
     if file is not None:
         check_weights([file], f"{option}.lora")
     return Model(spec=spec, lora=file, scale=entrant.lora_scale)
@@ -161,13 +189,9 @@ def _entrant(recipe: Recipe | Evaluation, name: str, entrant: Entrant) -> Model:
 
 def _checkpoint(recipe: Recipe | Evaluation, option: str, entrant: Entrant) -> Model:
     """A checkpoint's weights: the LoRA or folder that people use; where it has none of these (above 1 GiB), the loop's own."""
-    folder = Path(recipe.output_dir) / f"checkpoint-{entrant.checkpoint}"
-    if not folder.is_dir():
-        there = ", ".join(path.name for path in checkpoints(folder.parent)) or "none"
-        raise ConfigError(f"{option}: there is no {folder} (there: {there}); older ones are removed, see "
-                          "train.checkpoints_total_limit")
-    if (folder / LORA_FILE).is_file():
-        return Model(spec=recipe.model, lora=folder / LORA_FILE, scale=entrant.lora_scale)
+    folder = checkpoint_folder(recipe, option, entrant.checkpoint)
+    if (lora := _lora_in(folder)) is not None:
+        return Model(spec=recipe.model, lora=lora, scale=entrant.lora_scale)
     component = inspect(recipe.model)[1].component
     if (folder / component).is_dir():
         return Model(spec=recipe.model, weights=tuple(weight_files(folder / component, None, str(folder))))
@@ -177,17 +201,27 @@ def _checkpoint(recipe: Recipe | Evaluation, option: str, entrant: Entrant) -> M
     return Model(spec=recipe.model, weights=(own,))
 
 
-def _replace_weights(pipe, model: Model) -> None:
+def checkpoint_folder(recipe: Recipe | Evaluation, option: str, number: int) -> Path:
+    """Raises ConfigError naming those that are there."""
+    folder = Path(recipe.output_dir) / f"checkpoint-{number}"
+    if not folder.is_dir():
+        there = ", ".join(path.name for path in checkpoints(folder.parent)) or "none"
+        raise ConfigError(f"{option}: there is no {folder} (there: {there}); older ones are removed, see "
+                          "train.checkpoints_total_limit")
+    return folder
+
+
+def put_weights(module: torch.nn.Module, files: tuple[Path, ...], name: str) -> None:
+    """The policy's tensors of a checkpoint's files into the module of the model ``name``. Raises ConfigError, ModelError."""
     from safetensors.torch import load_file
 
-    check_weights(model.weights, str(model.weights[0].parent))
-    module = getattr(pipe, inspect(model.spec)[1].component)
-    tensors = {name.removeprefix("policy/"): tensor for file in model.weights for name, tensor in load_file(file).items()
-               if not name.startswith("reference/")}
+    check_weights(files, str(files[0].parent))
+    tensors = {key.removeprefix("policy/"): tensor for file in files for key, tensor in load_file(file).items()
+               if not key.startswith("reference/")}
     unknown = module.load_state_dict(tensors, strict=False).unexpected_keys
     if unknown:
-        raise ConfigError(f"{model.weights[0].parent}: its weights are not for {model.spec.pretrained_model_name_or_path} "
-                          f"(first: {unknown[0]}); name the model that it was trained on")
+        raise ConfigError(f"{files[0].parent}: its weights are not for {name} (first: {unknown[0]}); name the model that it "
+                          "was trained on")
 
 
 def _swept(models: Mapping[str, Model], main: str, strengths: tuple[float, ...]) -> tuple[dict[str, Model], dict[str, float]]:

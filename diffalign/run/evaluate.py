@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import rng
 from ..config import Evaluation, Recipe, as_tree, dump, load_recipe
@@ -19,7 +20,6 @@ from ..evaluate.card import write_card
 from ..evaluate.compare import Comparison, compare
 from ..evaluate.files import write
 from ..evaluate.report import Run, write_gallery, write_grids, write_report
-from ..models.load import model_identity
 from ..train import make_accelerator
 from ..train.checkpoint import check_writable, claimed
 from ..train.spec import TrainSpec
@@ -28,6 +28,9 @@ from . import parts
 from .entrants import Entrants
 from .optimised import training_rewards
 from .words import SUMMARY, TRAINED, Printer, run_of, silent
+
+if TYPE_CHECKING:
+    from .codes import CodeEntrants
 
 FACTS = ("base", "pairs", "step", "seconds", "wall_seconds", "heldout")  # of train.json, needed by a report
 RESOLVED = "evaluation.resolved.yaml"  # the recipe with its overrides: what repeats the evaluation
@@ -40,7 +43,7 @@ def evaluate(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
     """
     started = time.monotonic()
     facts = _facts(recipe)
-    entrants = Entrants.of(recipe)
+    entrants = _entrants(recipe)
     output_dir, accelerator = Path(recipe.output_dir), _accelerator(recipe)
     with _claimed(output_dir, accelerator):
         comparison = _compare(recipe, entrants, accelerator)
@@ -49,7 +52,7 @@ def evaluate(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
             return {}
         write(output_dir / RESOLVED, dump(recipe).encode())
         report = write_report(output_dir, run, comparison)
-        if facts is not None:
+        if facts is not None and comparison.subject == "pictures":  # the card tells how pictures are drawn
             write_card(output_dir, run, report)
     printer(report["sentence"])
     if report["strengths"]:
@@ -63,14 +66,15 @@ def evaluate(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
 def grid(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
     """The comparison grid alone, with all its seeds: only its own rows are drawn, no figure is made."""
     facts = _facts(recipe)
-    entrants = Entrants.of(recipe)
+    entrants = _entrants(recipe)
     output_dir, accelerator = Path(recipe.output_dir), _accelerator(recipe)
     with _claimed(output_dir, accelerator):
         comparison = _compare(recipe, entrants, accelerator, rows_only=True)
         if not accelerator.is_main_process:
             return {}
         written = write_grids(output_dir, _run(recipe, entrants, facts, 0.0).title, comparison, page=True)
-        written["gallery.jsonl"] = write_gallery(output_dir / "gallery", comparison)
+        if comparison.subject == "pictures":  # the arena shows them
+            written["gallery.jsonl"] = write_gallery(output_dir / "gallery", comparison)
     for path in written.values():
         printer(f"grid: {path}")
     return {name: str(path) for name, path in written.items()}
@@ -93,6 +97,14 @@ def _facts(recipe: Recipe | Evaluation) -> dict | None:
     return None if isinstance(recipe, Evaluation) else _trained(recipe)
 
 
+def _entrants(recipe: Recipe | Evaluation) -> Entrants | CodeEntrants:
+    if not parts.is_text(recipe):
+        return Entrants.of(recipe)
+    from .codes import CodeEntrants  # a second's worth of transformers' models
+
+    return CodeEntrants.of(recipe)
+
+
 def _trained(recipe: Recipe) -> dict:
     path = Path(recipe.output_dir) / SUMMARY
     try:
@@ -101,7 +113,7 @@ def _trained(recipe: Recipe) -> dict:
     except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError(f"{path}: no finished training run here; run `diffalign train` first, "
                           "with the same output_dir") from None
-    if base != model_identity(recipe.model):
+    if base != parts.base_identity(recipe):
         raise ConfigError(f"model.pretrained_model_name_or_path: {recipe.model.pretrained_model_name_or_path} is not what "
                           f"{recipe.output_dir} was trained on; name that model, or train in another output_dir")
     return facts
@@ -113,7 +125,8 @@ def _accelerator(recipe: Recipe | Evaluation):
     return make_accelerator(TrainSpec(cpu=cpu, mixed_precision="no", allow_tf32=False), Path(recipe.output_dir))
 
 
-def _compare(recipe: Recipe | Evaluation, entrants: Entrants, accelerator, rows_only: bool = False) -> Comparison:
+def _compare(recipe: Recipe | Evaluation, entrants: Entrants | CodeEntrants, accelerator,
+             rows_only: bool = False) -> Comparison:
     spec = dataclasses.replace(recipe.evaluate, seed=recipe.seed if recipe.evaluate.seed is None else recipe.evaluate.seed)
     prompts = read_prompts(spec.prompts)
     texts, categories = prompts.texts, prompts.categories
@@ -126,7 +139,8 @@ def _compare(recipe: Recipe | Evaluation, entrants: Entrants, accelerator, rows_
     training, weights = (None, None) if known is None else zip(*known)
     return compare(entrants.stages(spec, accelerator.device), texts, spec, categories=categories, compared=entrants.compared,
                    strengths=entrants.strengths, training=training, weights=weights, facts=facts,
-                   show_seeds=spec.seeds if rows_only else 1, extremes=0 if rows_only else 6, world=world_of(accelerator))
+                   show_seeds=spec.seeds if rows_only else 1, extremes=0 if rows_only else 6, world=world_of(accelerator),
+                   medium=entrants.medium, drawn_with=entrants.drawn_with(spec))
 
 
 def _as_trained(recipe: Recipe) -> Recipe:
@@ -137,7 +151,7 @@ def _as_trained(recipe: Recipe) -> Recipe:
     return dataclasses.replace(load_recipe(path), output_dir=recipe.output_dir, evaluate=recipe.evaluate)
 
 
-def _run(recipe: Recipe | Evaluation, entrants: Entrants, facts: dict | None, seconds: float) -> Run:
+def _run(recipe: Recipe | Evaluation, entrants: Entrants | CodeEntrants, facts: dict | None, seconds: float) -> Run:
     command = f"diffalign evaluate {shlex.quote(str(Path(recipe.output_dir) / RESOLVED))}"
     if facts is not None:
         run = run_of(_as_trained(recipe), {**facts, "total_seconds": facts["wall_seconds"] + seconds})

@@ -26,7 +26,7 @@ from ..models.load import model_identity as picture_identity
 from ..models.weights import WeightBank
 from ..objectives import title_of
 from ..objectives.sft import winners
-from ..rewards import Reward, columns_of, judged
+from ..rewards import Reward, columns_of, judged, subject_of
 from ..rewards import check as check_reward
 from ..sampling.scheduler import make_scheduler
 from ..train import is_sharding_asked
@@ -35,6 +35,7 @@ from ..world import world_of
 from .optimised import training_rewards
 
 PROBE = 64  # winners that a gated reference is measured on
+_OF_PICTURES = ("height", "width", "negative_prompt", "scheduler", "timestep_spacing")  # of the section evaluate
 FEW = 8  # timesteps of a schedule that only a distilled model can draw with
 RACE = 10  # passes of each kind that decide train.compile=auto
 
@@ -59,9 +60,8 @@ def check_audio(recipe: Recipe) -> None:
                      and getattr(part, name) != getattr(type(part), name)), None)
         if name is not None:
             raise ConfigError(f"{section}.{name}: is of pictures, and this model makes sounds; leave it out")
-    for name in ("evaluate", "monitor"):
-        if getattr(recipe, name) is not None:
-            raise ConfigError(f"{name}: draws pictures, and this model makes sounds; set it to null")
+    if recipe.monitor is not None:
+        raise ConfigError("monitor: draws pictures, and this model makes sounds; set it to null")
     if not isinstance(recipe.source, Stored) or not isinstance(recipe.likelihood, DenoisingELBO):
         raise ConfigError("source.kind: sounds are trained from stored pairs with likelihood.kind=denoising; leave both at "
                           "their defaults")
@@ -127,11 +127,21 @@ def _check_distilled(recipe: Recipe) -> None:
                           "LoRA in model.fuse_lora, or set model.distilled=true")
 
 
-def check_judge(option: str, reward: Reward | None, given: tuple[str, ...] = ()) -> None:
-    """A reward for pictures that are drawn from prompts alone, with the columns ``given``. Raises UserError children."""
+def made_by(recipe: Recipe | Evaluation) -> str:
+    """What the model draws, as rewards call it: "pictures" or "clips". Raises ModelError."""
+    return "clips" if is_text(recipe) or is_audio(recipe) else "pictures"
+
+
+def check_judge(option: str, reward: Reward | None, given: tuple[str, ...] = (), subject: str = "pictures") -> None:
+    """A reward for pictures (or another ``subject``) that are drawn from prompts alone, with the columns ``given``. Raises
+    UserError children.
+    """
     if reward is None:
         return
-    check_reward(reward)
+    if subject_of(reward) != subject:
+        raise ConfigError(f'{option}: reward "{reward.name}" scores {subject_of(reward)}, and this model makes {subject}; '
+                          f"choose a reward of {subject}")
+    check_reward(reward, subject)
     missing = [name for name in columns_of(reward) if name not in given]
     if missing:
         raise ConfigError(f'{option}: reads a column "{missing[0]}" beside picture and prompt, which prompts alone '
@@ -143,10 +153,21 @@ def check_evaluate(recipe: Recipe | Evaluation) -> None:
     spec = recipe.evaluate
     if spec is not None:
         read_prompts(spec.prompts)
-        check_judge("evaluate.judge", spec.judge)
-        check_judge("evaluate.training_reward", spec.training_reward)
+        subject = made_by(recipe)
+        check_judge("evaluate.judge", spec.judge, subject=subject)
+        check_judge("evaluate.training_reward", spec.training_reward, subject=subject)
         for name, reward in spec.rewards.items():
-            check_judge(f"evaluate.rewards.{name}", reward)
+            check_judge(f"evaluate.rewards.{name}", reward, subject=subject)
+        if is_text(recipe):
+            from .codes import frames_of  # a second's worth of transformers' models
+
+            frames_of(recipe.model, spec.seconds)
+            return
+        if spec.seconds is not None and subject == "pictures":
+            raise ConfigError("evaluate.seconds: is of clips, and this model makes pictures; leave it out")
+        wrong = next((name for name in _OF_PICTURES if subject == "clips" and getattr(spec, name) is not None), None)
+        if wrong is not None:
+            raise ConfigError(f"evaluate.{wrong}: is of pictures, and this model makes sounds; leave it out")
         folder, _ = inspect(recipe.model)
         if spec.scheduler or spec.timestep_spacing:
             make_scheduler(folder.config("scheduler"), spec.scheduler, spec.timestep_spacing, spec.num_inference_steps)

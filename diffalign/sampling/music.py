@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..types import Cond
+from ..errors import ModelError
+from ..rewards.sound import SILENT
+from ..types import Cond, Sound
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +58,15 @@ class CodeSampler:
         uniform = [rng.generator(seed, "code", *key, column).random(logits.shape[1:]) for key in keys.tolist()]
         gumbel = -np.log(-np.log(np.clip(np.stack(uniform), 1e-300, None)))
         return (logits + self.temperature * torch.from_numpy(gumbel)).argmax(-1)
+
+
+def checked_sounds(waves: np.ndarray, rate: int, prompts: Sequence[str], seeds: Sequence[int]) -> list[Sound]:
+    """waves: [n, channels, samples] of a model, at ``rate`` Hz. Raises ModelError for a clip with NaN; silent ones are warned
+    of by name.
+    """
+    for what, prompt, seed in zip(waves, prompts, seeds, strict=True):
+        if not np.isfinite(what).all():
+            raise ModelError(f'the clip "{prompt[:60]}" (seed {seed}) holds NaN: the weights have diverged')
+        if np.abs(what).max(initial=0) < SILENT:
+            logger.warning('clip "%s" (seed %d) is silent', prompt[:60], seed)
+    return [Sound(wave=np.ascontiguousarray(wave, np.float32), rate=rate) for wave in waves]

@@ -19,13 +19,17 @@ from ..models.sound import SoundAdapter
 from .generate import quiet, short
 
 
+def makes_sounds(pipe) -> bool:
+    """Whether it is a stock pipeline of a family of sound."""
+    return any(one.pipeline == type(pipe).__name__ for one in FAMILIES.values() if one.audio)
+
+
 def family_of(pipe) -> type[SoundAdapter]:
     """The adapter of a stock pipeline. Raises ModelError for one that makes no sounds."""
     name = type(pipe).__name__
-    adapter = next((one for one in FAMILIES.values() if one.pipeline == name and one.audio), None)
-    if adapter is None:
+    if not makes_sounds(pipe):
         raise ModelError(f"{name} makes no sounds that are known here")
-    return adapter
+    return next(one for one in FAMILIES.values() if one.pipeline == name)
 
 
 def rate_of(pipe) -> int:

@@ -1,4 +1,4 @@
-"""Clips as data: WAV files read and refused, codes checked, the batch; the exact checker; the report's page."""
+"""Clips as data: WAV files read and refused, codes checked, the batch; the exact checker."""
 
 import io
 import json
@@ -15,8 +15,6 @@ from diffalign.data.audio import read_wav, write_wav
 from diffalign.data.music import read_clips
 from diffalign.data.spec import DataSpec
 from diffalign.errors import DataError
-from diffalign.evaluate.sound import Sounds, spectrogram
-from diffalign.evaluate.statistics import paired
 from diffalign.models.musicgen import load_inputs
 from diffalign.models.spec import ModelSpec
 from diffalign.rewards.clips import Clips, every_clip, heard, part_of, synthesise
@@ -161,19 +159,3 @@ def test_the_reward_counts_attributes():
     waves = [synthesise(one), synthesise(one), np.zeros(5120), synthesise(one)]
     found = Clips()(waves, ["a slow flute playing g", "a fast flute playing g", "a slow flute playing g", "a red ring"])
     assert torch.allclose(found[:3], torch.tensor([1, 2 / 3, 0])) and found[3].isnan()
-
-
-def test_a_spectrogram_shows_the_pitch():
-    """A tone at a quarter of the rate lies at half of the height; the picture's rows run from high to low."""
-    picture = np.asarray(spectrogram(np.sin(np.pi / 2 * np.arange(4000)), 4000)).sum(-1)
-    assert abs(int(picture[:, picture.shape[1] // 2].argmax()) - 63) <= 1
-
-
-def test_the_reports_section():
-    waves = [synthesise(clip) for clip in every_clip()[:2]]
-    scores = np.array([[0.0, 1.0], [1 / 3, 1.0]])
-    sounds = Sounds(prompts=["a", "<b>"], clips={"base": waves, "trained": waves[::-1]}, rate=4000, reward="clips",
-                    scores={"base": scores[:, 0], "trained": scores[:, 1]}, result=paired(scores[:, :1], scores[:, 1:]))
-    (prompt, players), _ = sounds.players()
-    assert prompt == "a" and players[0][2].startswith("data:audio/wav;base64,") and sounds.picture().width > 400
-    assert sounds.sentence.startswith("clips: 0.167 -> 1.000 on 2 held-out prompts (2 pairs of clips), difference +0.833")

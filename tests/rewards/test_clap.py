@@ -9,7 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapTextConfig, PreTrainedTokenizerFast
 
 from diffalign.errors import ModelError
-from diffalign.rewards.clap import Clap, resampled, segments
+from diffalign.rewards.clap import Clap, segments
+from diffalign.rewards.sound import resampled
+from diffalign.types import Sound
 
 RATE = 4800
 
@@ -38,13 +40,18 @@ def noise(seconds, seed=0, rate=RATE):
     return 0.3 * np.random.default_rng(seed).standard_normal(int(seconds * rate))
 
 
+def sound(wave, rate=RATE):
+    return Sound(wave=wave[None], rate=rate)
+
+
 def test_the_score_is_the_stock_models_cosine_over_segments(folder):
-    reward, wave = Clap(pretrained_model_name_or_path=str(folder), rate=RATE), noise(3)
+    reward, wave = Clap(pretrained_model_name_or_path=str(folder)), noise(3)
     model, features, tokenizer = reward._parts
     text = model(**tokenizer(["a b"], return_tensors="pt"), **features(wave[:RATE], sampling_rate=RATE, return_tensors="pt"))
-    assert reward([wave[:RATE]], ["a b"]).item() == pytest.approx((text.audio_embeds @ text.text_embeds.T).item(), abs=1e-5)
-    thirds = reward([wave[i * RATE:(i + 1) * RATE] for i in range(3)], ["a b"] * 3)
-    assert reward([wave], ["a b"]).item() == pytest.approx(thirds.mean().item(), abs=1e-5)
+    cosine = (text.audio_embeds @ text.text_embeds.T).item()
+    assert reward([sound(wave[:RATE])], ["a b"]).item() == pytest.approx(cosine, abs=1e-5)
+    thirds = reward([sound(wave[i * RATE:(i + 1) * RATE]) for i in range(3)], ["a b"] * 3)
+    assert reward([sound(wave)], ["a b"]).item() == pytest.approx(thirds.mean().item(), abs=1e-5)
 
 
 def test_segments_by_hand():
@@ -53,15 +60,25 @@ def test_segments_by_hand():
     assert [len(part) for part in segments(np.arange(30), 10)] == [10, 10, 10] and len(segments(np.arange(4), 10)[0]) == 4
 
 
+def test_a_clip_of_another_rate_is_resampled(folder):
+    """A tone at twice the model's rate, in stereo, scores as the same tone at its own; a bare array says no rate."""
+    reward = Clap(pretrained_model_name_or_path=str(folder))
+    one, two = (np.sin(2 * np.pi * 300 * np.arange(RATE * times) / (RATE * times)) for times in (1, 2))
+    found = reward([sound(one), Sound(wave=np.stack([two, two]), rate=2 * RATE), sound(two)], ["a b"] * 3)
+    assert abs(found[1] - found[0]) < 0.01 < abs(found[2] - found[0])
+    with pytest.raises(TypeError, match="knows its sample rate"):
+        reward([one], ["a b"])
+
+
 def test_resampling_keeps_a_tone():
     tone = resampled(np.sin(2 * np.pi * 100 * np.arange(1000) / 1000), 1000, 4800)
     assert len(tone) == 4800 and np.abs(np.fft.rfft(tone)).argmax() == 100
 
 
 def test_what_cannot_be_scored_and_no_model(folder, tmp_path):
-    reward = Clap(pretrained_model_name_or_path=str(folder), rate=RATE)
-    found = reward([np.zeros(0), np.full(9, np.nan), noise(0.5)], ["a"] * 3)
+    reward = Clap(pretrained_model_name_or_path=str(folder))
+    found = reward([sound(np.zeros(0)), sound(np.full(9, np.nan)), sound(noise(0.5))], ["a"] * 3)
     assert found.isnan().tolist() == [True, True, False] and found[2].abs() <= 1
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(ModelError):
-        Clap(pretrained_model_name_or_path=str(tmp_path), rate=RATE).check()
+        Clap(pretrained_model_name_or_path=str(tmp_path)).check()
