@@ -21,6 +21,7 @@ from diffalign.data.cache import Cache
 from diffalign.data.columns import ImageRef
 from diffalign.data.encoding import encode
 from diffalign.data.images import decode, pixels
+from diffalign.data.ledger import Ledger
 from diffalign.data.store import Store, intact
 from diffalign.errors import DataError, ResourceError
 
@@ -68,7 +69,7 @@ def test_the_cache_holds_what_the_encoders_say(tmp_path):
         np.testing.assert_array_equal(pooled, want[1][0].numpy())
     assert not cache.unconditional()[0].any()
     # 40 x 20 to 16 x 16: scaled to 32 x 16, (32 - 16)/2 = 8 columns cut on the left
-    assert cache.sizes[cache.groups[1].images[0]].tolist() == [20, 40, 0, 8, 8]
+    assert cache.size(cache.groups[1].images[0]) == [20, 40, 0, 8, 8]
 
 
 def test_everything_is_encoded_once(tmp_path):
@@ -383,4 +384,6 @@ def test_the_cache_folder_cannot_be_made(tmp_path):
 def test_stores_see_each_other(tmp_path):
     build(pairs(tmp_path), tmp_path)
     (folder,) = (tmp_path / "cache").glob("latents-*")
-    assert len(Store(folder)._places) == 12
+    with Ledger(tmp_path) as ledger:
+        assert len(Store(folder, "latent", ledger).names) == 1 and ledger.count("latent") == 12
+    assert not list(tmp_path.glob(".tmp-*"))
