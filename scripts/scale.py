@@ -5,6 +5,7 @@ grows with the rows. Each stage runs in a process of its own: "encode" builds th
 its first step: open the cache, order the rows, make the first batch. What is reported is the growth over the start of a stage,
 in MiB: of the peak of the memory that is the process's own (anonymous: neither mapped files nor page cache, which the system
 takes back when it needs to), of the resident set's peak (RSS, with mapped files), and of the unique set (USS) at the end.
+Seconds are the processor's, so that others on the machine matter less.
 """
 
 import argparse
@@ -89,10 +90,10 @@ def stage(name: str, folder: Path) -> dict[str, float]:
 
 
 class Watch:
-    """Looks at the process's own memory every few milliseconds. found: MiB above the start, and seconds."""
+    """Looks at the process's own memory every few milliseconds. found: MiB above the start, and the processor's seconds."""
 
     def __enter__(self):
-        self.process, self.done, self.started = psutil.Process(), threading.Event(), time.monotonic()
+        self.process, self.done, self.started = psutil.Process(), threading.Event(), time.process_time()
         found = self.process.memory_info()
         self.before = self.peak = found.rss - found.shared
         self.rss = self.rss_peak = found.rss
@@ -114,7 +115,7 @@ class Watch:
         self.thread.join()
         self.look()
         uss = self.process.memory_full_info().uss
-        self.found = {"seconds": time.monotonic() - self.started, **{
+        self.found = {"seconds": time.process_time() - self.started, **{
             name: value / 2**20 for name, value in (("own", self.peak - self.before), ("rss", self.rss_peak - self.rss),
                                                      ("uss", uss - self.uss))}}
 
