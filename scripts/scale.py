@@ -11,7 +11,6 @@ Seconds are the processor's, so that others on the machine matter less.
 import argparse
 import io
 import json
-import resource
 import subprocess
 import sys
 import tempfile

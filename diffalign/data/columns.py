@@ -1,4 +1,5 @@
-"""Rows of any known layout -> one schema. Reads local files and hub data sets, one row at a time, never decoding a picture.
+"""Rows of any known layout -> one schema. Reads local files, tar shards (``tars.py``) and hub data sets, one row at a time,
+never decoding a picture.
 
 Layouts (``prompt`` may also be called ``caption`` or ``text``):
   pickapic         jpg_0, jpg_1, label_0[, label_1], caption     label_0 = P(jpg_0 preferred): 0, 0.5 (tie), 1 or between
@@ -32,6 +33,7 @@ from PIL import Image
 
 from .. import rng
 from ..errors import DataError
+from . import tars
 from .images import MAX_BYTES
 from .spec import DataSpec
 
@@ -483,12 +485,15 @@ def source_path(spec: DataSpec, part: str) -> tuple[str, str]:
 
 def _records(spec: DataSpec, part: str) -> Iterator[tuple[int, str, Path | None, dict | DataError]]:
     path, split = source_path(spec, part)
-    table = _table(Path(path), split)
+    archives = tars.shards(path)
+    table = None if archives else _table(Path(path), split)
     root = Path(spec.image_root) if spec.image_root else table.parent if table else Path(path) if Path(path).is_dir() else None
     if root is not None and not os.path.isdir(root):  # Path.is_dir raises on a name that is too long
         raise DataError(f"data.image_root: {root} is no folder")
     root = None if root is None else root.resolve()
-    if table is not None and table.suffix == ".txt":
+    if archives:
+        records = _samples(archives)
+    elif table is not None and table.suffix == ".txt":
         records = _text_lines(table)
     elif table is not None and table.suffix in (".jsonl", ".ndjson", ".json"):
         records = _json_lines(table) if table.suffix != ".json" else _json_list(table)
@@ -564,17 +569,46 @@ def _json_list(path: Path) -> Iterator[tuple[str, dict | DataError]]:
         yield where, row if isinstance(row, dict) else DataError(f"{where}: an object is needed, got {type(row).__name__}")
 
 
+HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # the id of a data set
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
 
 def _library(path: str, table: Path | None, split: str, spec: DataSpec) -> Iterator[tuple[str, dict]]:
     """Parquet, Arrow, CSV, saved data sets and the hub through ``datasets``, pictures undecoded."""
+    archives = _guarded(path, lambda: _archives(path, split, spec)) if table is None else []
+    if archives:
+        yield from _samples(archives)
+        return
     name = table.name if table else f"{path} ({split})"
     rows = iter(_guarded(path, lambda: _open_library(path, table, split, spec)))
     number = 0
     while (record := _guarded(f"{name} near row {number}", lambda: next(rows, None))) is not None:
         yield f"{name} row {number}", record
         number += 1
+
+
+def _samples(archives: list[str]) -> Iterator[tuple[str, dict | DataError]]:
+    for archive in archives:
+        where, rows = Path(archive).name, tars.records(archive)
+        while (found := _guarded(where, lambda rows=rows: next(rows, None))) is not None:
+            where = f"{found[0]}, or what follows it"
+            yield found
+
+
+def _archives(path: str, split: str, spec: DataSpec) -> list[str]:
+    """The tar shards that ``datasets`` finds in a folder or a hub data set; it would decode what may be a pickle."""
+    import datasets
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    folder = Path(path)
+    if folder.is_dir() and next(folder.rglob("*.tar"), None) is None or not folder.is_dir() and not HUB.fullmatch(path):
+        return []
+    builder = datasets.load_dataset_builder(path, name=spec.name, revision=spec.revision)
+    if not isinstance(builder, WebDataset):
+        return []
+    if split not in builder.config.data_files:
+        raise DataError(f"{path}: has no split '{split}'; there are {', '.join(map(str, builder.config.data_files))}")
+    return list(builder.config.data_files[split])
 
 
 def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
@@ -584,7 +618,8 @@ def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
     folder = Path(path)
     if table is not None:
         if table.suffix not in BUILDERS:
-            raise DataError(f"{path}: unknown kind of file; parquet, arrow, csv, json, jsonl and txt (prompts) are read")
+            raise DataError(f"{path}: unknown kind of file; parquet, arrow, csv, json, jsonl, tar and txt (prompts) are "
+                            "read")
         if table.suffix == ".parquet" and pq.read_metadata(table).num_rows == 0:
             return ()  # the library's reader fails on a table without row groups
         return _undecoded(datasets.load_dataset(BUILDERS[table.suffix], data_files=str(table), split="train",
@@ -595,7 +630,7 @@ def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
         return _undecoded(saved.to_iterable_dataset())
     if folder.is_dir():
         return _undecoded(datasets.load_dataset(path, name=spec.name, split=split, streaming=True))
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) or folder.suffix in (*BUILDERS, ".jsonl", ".json"):
+    if not HUB.fullmatch(path) or folder.suffix in (*BUILDERS, ".jsonl", ".json"):
         raise DataError(f"{path}: no such file or folder")
     found = datasets.load_dataset(path, name=spec.name, split=split, revision=spec.revision, streaming=spec.streaming)
     return _undecoded(found if spec.streaming else found.to_iterable_dataset())

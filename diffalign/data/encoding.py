@@ -32,8 +32,9 @@ from .images import decode, pixels, probe
 from .ledger import Ledger
 from .spec import DataSpec
 from .store import Store, Writer, publish_batches, sweep, write_aside
+from .tars import shards
 
-TABLES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".ndjson")
+TABLES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".ndjson", ".tar")
 BLOCK = 4096  # rows of a table that are in memory while it is written
 LATENT_LIMIT = 1e3  # latents have unit variance; beyond this the VAE is broken, not the picture
 
@@ -556,6 +557,8 @@ def _source(spec: DataSpec, part: str) -> tuple[list, bool]:
         if local.is_dir():
             tables = sorted(path for path in local.rglob("*") if path.suffix in TABLES)
             return [str(local.resolve()), split, [[str(p.relative_to(local)), *_stat(p)] for p in tables]], True
+        if archives := shards(path):
+            return [[str(Path(name).resolve()), *_stat(Path(name))] for name in archives], True
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     commit = _commit(path, spec.revision)
