@@ -570,17 +570,20 @@ def _json_list(path: Path) -> Iterator[tuple[str, dict | DataError]]:
 
 
 HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # the id of a data set
-BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+BUILDERS = {".arrow": "arrow", ".csv": "csv"}
 
 
 def _library(path: str, table: Path | None, split: str, spec: DataSpec) -> Iterator[tuple[str, dict]]:
     """Parquet, Arrow, CSV, saved data sets and the hub through ``datasets``, pictures undecoded."""
-    archives = _guarded(path, lambda: _archives(path, split, spec)) if table is None else []
-    if archives:
-        yield from _samples(archives)
+    files = [str(table)] if table else _guarded(path, lambda: _files(path, split, spec))
+    if files and files[0].endswith(".tar"):
+        yield from _samples(files)
         return
     name = table.name if table else f"{path} ({split})"
-    rows = iter(_guarded(path, lambda: _open_library(path, table, split, spec)))
+    if files and files[0].endswith(".parquet"):
+        rows = _parquet(files)
+    else:
+        rows = iter(_guarded(path, lambda: _open_library(path, table, split, spec)))
     number = 0
     while (record := _guarded(f"{name} near row {number}", lambda: next(rows, None))) is not None:
         yield f"{name} row {number}", record
@@ -595,33 +598,41 @@ def _samples(archives: list[str]) -> Iterator[tuple[str, dict | DataError]]:
             yield found
 
 
-def _archives(path: str, split: str, spec: DataSpec) -> list[str]:
-    """The tar shards that ``datasets`` finds in a folder or a hub data set; it would decode what may be a pickle."""
+def _files(path: str, split: str, spec: DataSpec) -> list[str]:
+    """Tar shards that ``datasets`` finds in a folder or a hub data set, which it would decode, and parquet files in a folder,
+    which it would read ahead; else nothing."""
     import datasets
-    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     folder = Path(path)
-    if folder.is_dir() and next(folder.rglob("*.tar"), None) is None or not folder.is_dir() and not HUB.fullmatch(path):
+    if not folder.is_dir() and not HUB.fullmatch(path):
         return []
-    builder = datasets.load_dataset_builder(path, name=spec.name, revision=spec.revision)
-    if not isinstance(builder, WebDataset):
+    if folder.is_dir() and not any(file.suffix in (".tar", ".parquet") for file in folder.rglob("*")):
         return []
-    if split not in builder.config.data_files:
-        raise DataError(f"{path}: has no split '{split}'; there are {', '.join(map(str, builder.config.data_files))}")
-    return list(builder.config.data_files[split])
+    found = datasets.load_dataset_builder(path, name=spec.name, revision=spec.revision).config.data_files or {}
+    kinds = {Path(file).suffix for files in found.values() for file in files}
+    if kinds == {".tar"} and split not in found:
+        raise DataError(f"{path}: has no split '{split}'; there are {', '.join(map(str, found))}")
+    return list(found.get(split, ())) if kinds == {".tar"} or kinds == {".parquet"} and folder.is_dir() else []
+
+
+def _parquet(files: list[str]) -> Iterator[dict]:
+    """A few rows at a time: ``datasets`` would have all that is left of a file in memory."""
+    import pyarrow.parquet as pq
+
+    for file in files:
+        with pq.ParquetFile(file, buffer_size=1 << 20) as source:
+            for batch in source.iter_batches(16):
+                yield from batch.to_pylist()
 
 
 def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
     import datasets
-    import pyarrow.parquet as pq
 
     folder = Path(path)
     if table is not None:
         if table.suffix not in BUILDERS:
             raise DataError(f"{path}: unknown kind of file; parquet, arrow, csv, json, jsonl, tar and txt (prompts) are "
                             "read")
-        if table.suffix == ".parquet" and pq.read_metadata(table).num_rows == 0:
-            return ()  # the library's reader fails on a table without row groups
         return _undecoded(datasets.load_dataset(BUILDERS[table.suffix], data_files=str(table), split="train",
                                                 streaming=True))
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
@@ -630,7 +641,7 @@ def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
         return _undecoded(saved.to_iterable_dataset())
     if folder.is_dir():
         return _undecoded(datasets.load_dataset(path, name=spec.name, split=split, streaming=True))
-    if not HUB.fullmatch(path) or folder.suffix in (*BUILDERS, ".jsonl", ".json"):
+    if not HUB.fullmatch(path) or folder.suffix in (*BUILDERS, ".parquet", ".jsonl", ".json"):
         raise DataError(f"{path}: no such file or folder")
     found = datasets.load_dataset(path, name=spec.name, split=split, revision=spec.revision, streaming=spec.streaming)
     return _undecoded(found if spec.streaming else found.to_iterable_dataset())
