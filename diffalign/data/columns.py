@@ -569,7 +569,6 @@ def _json_list(path: Path) -> Iterator[tuple[str, dict | DataError]]:
         yield where, row if isinstance(row, dict) else DataError(f"{where}: an object is needed, got {type(row).__name__}")
 
 
-HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # the id of a data set
 BUILDERS = {".arrow": "arrow", ".csv": "csv"}
 
 
@@ -598,13 +597,19 @@ def _samples(archives: list[str]) -> Iterator[tuple[str, dict | DataError]]:
             yield found
 
 
+def _is_hub(path: str) -> bool:
+    """Whether this may be a data set's id on the hub."""
+    return (re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) is not None
+            and Path(path).suffix not in (*BUILDERS, ".parquet", ".jsonl", ".json"))
+
+
 def _files(path: str, split: str, spec: DataSpec) -> list[str]:
     """Tar shards that ``datasets`` finds in a folder or a hub data set, which it would decode, and parquet files in a folder,
     which it would read ahead; else nothing."""
     import datasets
 
     folder = Path(path)
-    if not folder.is_dir() and not HUB.fullmatch(path):
+    if not folder.is_dir() and not _is_hub(path):
         return []
     if folder.is_dir() and not any(file.suffix in (".tar", ".parquet") for file in folder.rglob("*")):
         return []
@@ -621,8 +626,9 @@ def _parquet(files: list[str]) -> Iterator[dict]:
 
     for file in files:
         with pq.ParquetFile(file, buffer_size=1 << 20) as source:
-            for batch in source.iter_batches(16):
-                yield from batch.to_pylist()
+            for group in range(source.num_row_groups):  # one by one: a reader of several has buffers for all from the start
+                for batch in source.iter_batches(16, row_groups=[group]):
+                    yield from batch.to_pylist()
 
 
 def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
@@ -641,7 +647,7 @@ def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
         return _undecoded(saved.to_iterable_dataset())
     if folder.is_dir():
         return _undecoded(datasets.load_dataset(path, name=spec.name, split=split, streaming=True))
-    if not HUB.fullmatch(path) or folder.suffix in (*BUILDERS, ".parquet", ".jsonl", ".json"):
+    if not _is_hub(path):
         raise DataError(f"{path}: no such file or folder")
     found = datasets.load_dataset(path, name=spec.name, split=split, revision=spec.revision, streaming=spec.streaming)
     return _undecoded(found if spec.streaming else found.to_iterable_dataset())
