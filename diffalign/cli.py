@@ -74,6 +74,7 @@ CONFIG is a recipe (YAML); key=value overrides any option by its path, for examp
   diffalign train configs/sdxl/dpo_lora.yaml output_dir=runs/mine objective.beta=2000 train.learning_rate=2e-5
   diffalign build configs/build/tiny.yaml samples=8 select.kind=all_pairs
   diffalign score scenes,brightness pictures/
+  diffalign prompts evolve configs/text/rewriter_tiny.yaml
 Several GPUs: accelerate launch -m diffalign train CONFIG ...
 Recipes to start from lie in configs/."""
 

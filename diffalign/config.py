@@ -529,8 +529,8 @@ def _leaf(annotation, value: object, path: str):
     try:
         result = TypeAdapter(annotation).validate_python(value, strict=False if isinstance(value, list) else None)
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigError(f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {_show(value)}") from None
+        problems = [problem["msg"][0].lower() + problem["msg"][1:] for problem in error.errors()]
+        raise ConfigError(f"{path}: {', or '.join(dict.fromkeys(problems))}, got {_show(value)}") from None
     if isinstance(value, bool) and not isinstance(result, bool) or isinstance(result, bool) and not isinstance(value, bool):
         raise ConfigError(f"{path}: expected {_words(annotation)}, got {_show(value)}")
     if isinstance(value, str) and isinstance(result, (int, float)):
@@ -607,7 +607,7 @@ def _words(annotation) -> str:
 
 
 def _did_you_mean(word: str, known: typing.Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6) or [name for name in known if word in name.split("_")]
     return f' Did you mean "{near[0]}"?' if near else ""
 
 

@@ -98,7 +98,7 @@ def compare(lora: str, training: str | None, judge: str | None, prompts: int, se
 
 
 def _side(lora: Path | None, texts: list[str], seeds: int, rewards: dict) -> dict:
-    pipe = load_pipeline(load_recipe("configs/quickstart.yaml").model)
+    pipe = load_pipeline(load_recipe("configs/embedded.yaml").model)
     if lora is not None:
         load_lora(pipe, lora)
     prompts = [text for text in texts for _ in range(seeds)]

@@ -406,7 +406,7 @@ def write_docs(docs: Path, text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--config", default="configs/embedded.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/gradient_variance"))
     parser.add_argument("--steps", type=int, default=30, help="of training before anything is measured")
     parser.add_argument("--repeats", type=int, default=32)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..errors import ConfigError
 from ..process import Parameterization, Process
 from ..types import Cond
 
@@ -92,27 +98,71 @@ def unwrap(module: nn.Module) -> Any:
         module = inner
 
 
-def compile_blocks(denoiser: Denoiser, attempt: Callable[[], object], **options) -> str | None:
+def compile_blocks(denoiser: Denoiser, attempt: Callable[[], object], *, race: int = 0, **options) -> str | None:
     """Compile the blocks that diffusers calls repeated, where they stand: names and state stay what they were.
 
-    attempt: a pass like those of the run, which makes the compiler work. Returns why the blocks run as before, or None.
-    Whatever fails to compile later runs uncompiled as well. options: of ``torch.compile``.
+    attempt: a pass like those of the run, to its end, which makes the compiler work. race: so many passes of each kind decide
+    whether the compiled blocks stay. Returns why the blocks run as before, or None. Whatever fails to compile later runs
+    uncompiled as well. options: of ``torch.compile``.
     """
     module = unwrap(denoiser.module)
     try:
         module.compile_repeated_blocks(**options)
         attempt()
     except Exception as error:  # compilers fail in many ways, and none of them is a reason to stop
-        for layer in module.modules():
-            layer._compiled_call_impl = None
+        _call(module, {})
         return " ".join(str(error).split("\n")[:2]).strip()[:200] or type(error).__name__  # dynamo's first line only says who
     torch._dynamo.config.suppress_errors = True
+    if race:
+        plain, compiled = _race(module, attempt, race)
+        if compiled >= plain:
+            _call(module, {})
+            return f"{compiled:.3g} s a pass compiled, {plain:.3g} s as they are"
     return None
 
 
-def enable_gradient_checkpointing(denoiser: Denoiser) -> None:
+def _call(module: nn.Module, compiled: dict[nn.Module, object]) -> None:
+    """Let these layers run compiled, and no others."""
+    for layer in module.modules():
+        layer._compiled_call_impl = compiled.get(layer)
+
+
+def _race(module: nn.Module, attempt: Callable[[], object], passes: int) -> tuple[float, float]:
+    """Median seconds of a pass as the blocks are and of one compiled, in turns."""
+    compiled = {layer: layer._compiled_call_impl for layer in module.modules() if layer._compiled_call_impl is not None}
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(passes):
+        for times, calls in zip(seconds, ({}, compiled), strict=True):
+            _call(module, calls)
+            start = time.perf_counter()
+            attempt()
+            times.append(time.perf_counter() - start)
+    plain, fast = (statistics.median(times) for times in seconds)
+    return plain, fast
+
+
+_ATTENTIONS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention",
+               "fused_attention_overrideable")
+_DEAR = {torch.ops.aten.convolution.default,
+         *(getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in _ATTENTIONS)}
+
+
+def _keep_dear(context, operation, *args, **kwargs) -> CheckpointPolicy:
+    """Attention and convolutions: much arithmetic for the bytes of their results."""
+    return CheckpointPolicy.MUST_SAVE if operation in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def enable_gradient_checkpointing(denoiser: Denoiser, selective: bool = False) -> None:
     """Recompute activations in the backward pass (non-reentrant; diffusers does it whenever gradients are enabled).
 
-    The adapters must be on when backward runs: ``WeightBank.predict`` restores them after every reference pass.
+    selective: what attention and convolutions give is kept. The adapters must be on when backward runs:
+    ``WeightBank.predict`` restores them after every reference pass. Raises ConfigError for a model that takes no function.
     """
-    unwrap(denoiser.module).enable_gradient_checkpointing()
+    module = unwrap(denoiser.module)
+    if not selective:
+        module.enable_gradient_checkpointing()
+        return
+    if "gradient_checkpointing_func" not in inspect.signature(module.enable_gradient_checkpointing).parameters:
+        raise ConfigError(f"train.gradient_checkpointing: {type(module).__name__} knows true and false only, not 'selective'")
+    module.enable_gradient_checkpointing(gradient_checkpointing_func=partial(
+        checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _keep_dear)))

@@ -44,6 +44,8 @@ class Encoders(EncoderFacts):
         for part in vars(self.pipe).values():  # all but the denoiser, which may be an empty one
             if isinstance(part, torch.nn.Module) and part is not getattr(self.pipe, self.adapter.component):
                 part.to(device)
+        if self.device.type == "cpu":  # oneDNN's convolutions: a sixth of encoding and a fifth of decoding less
+            self.pipe.vae.to(memory_format=torch.channels_last)
         return self
 
     @torch.no_grad()
@@ -56,7 +58,8 @@ class Encoders(EncoderFacts):
         with self._float32():
             posterior = self.pipe.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
         shift, scale = self._scaling()
-        return ((posterior.mean - shift) * scale).float(), (posterior.std * scale).float()
+        mean, std = ((posterior.mean - shift) * scale).float(), (posterior.std * scale).float()
+        return mean.contiguous(), std.contiguous()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +78,7 @@ class Encoders(EncoderFacts):
         shift, scale = self._scaling()
         with self._float32():
             pixels = self.pipe.vae.decode(latents.to(self.device, torch.float32) / scale + shift, return_dict=False)[0]
-        return pixels.clamp(-1, 1)
+        return pixels.clamp(-1, 1).contiguous()
 
     def _scaling(self) -> tuple[Tensor | float, Tensor | float]:
         """Shift and scale of the unit-variance latent ``(x - shift) * scale``; per channel where the VAE says so."""

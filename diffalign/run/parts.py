@@ -36,6 +36,7 @@ from .optimised import training_rewards
 
 PROBE = 64  # winners that a gated reference is measured on
 FEW = 8  # timesteps of a schedule that only a distilled model can draw with
+RACE = 10  # passes of each kind that decide train.compile=auto
 
 
 def is_text(recipe: Recipe | Evaluation) -> bool:
@@ -267,7 +268,7 @@ def bank_of(recipe: Recipe, method: Preference, accelerator, cache, measured: bo
     bank = WeightBank.build(denoiser, recipe.model.lora, reads=sets_of(recipe, method), seed=recipe.seed,
                             forward_dtype=forward, rule=recipe.reference, measured=measured)
     if recipe.train.gradient_checkpointing:
-        enable_gradient_checkpointing(denoiser)
+        enable_gradient_checkpointing(denoiser, selective=recipe.train.gradient_checkpointing == "selective")
     if getattr(recipe.reference, "gate", None) is not None:
         bank.divergence = _divergence(recipe, cache, accelerator)
     return bank
@@ -299,17 +300,19 @@ def context(recipe: Recipe, bank: WeightBank, accelerator) -> Context:
 
 
 def compiled(recipe: Recipe, bank: WeightBank, stored: data.Offline, accelerator) -> str | None:
-    """Compile the denoiser's blocks, tried on a pass of the first micro-batch's size. Returns why they stay as they are."""
+    """Compile the denoiser's blocks, tried on passes of the first micro-batch's size. Returns why they stay as they are."""
     def attempt():
         batch = stored.take(0)[0].to(accelerator.device)
         t = torch.full((batch.groups * batch.k,), 0.5, device=accelerator.device)
         bank.denoiser.module.train()
         raw = context(recipe, bank, accelerator).predict("policy", batch.x0.flatten(0, 1), t, batch.cond.rows(batch.k))
-        raw.float().square().mean().backward()
+        loss = raw.float().square().mean()
+        loss.backward()
         for parameter in bank.trainable().values():
             parameter.grad = None
+        loss.item()  # waits for the device
 
-    return compile_blocks(bank.denoiser, attempt)
+    return compile_blocks(bank.denoiser, attempt, race=RACE if recipe.train.compile == "auto" else 0)
 
 
 def stored_of(recipe: Recipe, cache, world) -> data.Offline:

@@ -183,7 +183,7 @@ def _counted(recipe: Recipe, layout: tuple, side: int) -> Count:
     needed = flops(denoiser, 1, side, side)[1]
     spent = needed
     if recipe.train.gradient_checkpointing:
-        enable_gradient_checkpointing(denoiser)
+        enable_gradient_checkpointing(denoiser, selective=recipe.train.gradient_checkpointing == "selective")
         spent = flops(denoiser, 1, side, side)[1]
     # of one row and of two: the casts of weights do not grow with the rows
     one, two = (peak_bytes(denoiser, rows, side, side, dtype=forward) for rows in (1, 2))

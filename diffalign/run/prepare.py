@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import Recipe
@@ -50,9 +51,8 @@ def check(recipe: Recipe, printer: Printer = silent) -> dict:
                     sample_path=output_dir / "check.png", look=labels.take)
     found |= labels.result()
     found["problems"] += labels.problems
-    for name, value in found.items():
-        if name != "problems":
-            printer(f"{name:24} {_brief(value)}")
+    for line in _facts(found):
+        printer(line)
     spec = recipe.train
     per_step = spec.train_batch_size * spec.gradient_accumulation_steps
     printer(f"{'groups a step':24} {per_step} ({spec.train_batch_size} x {spec.gradient_accumulation_steps} accumulated) "
@@ -76,9 +76,23 @@ def _no_text(recipe: Recipe, command: str, why: str) -> None:
         raise ConfigError(f"model: `diffalign {command}` is not for audio; it is encoded when a run starts")
 
 
+SUCH_AS = "such as "
+
+
+def _facts(found: dict) -> Iterator[str]:
+    """What was counted, a line each; what was not asked for is left out. All of it is in check.json."""
+    for name, value in found.items():
+        if name == "problems" or value is None:
+            continue
+        for part, inner in value.items() if name == "leakage" else [("", value)]:
+            yield f"{f'{name} {part}'.strip().replace('_', ' '):24} {_brief(inner) or 'none'}"
+
+
 def _brief(value) -> str:
+    """Empty where there is nothing; of a list, whose length stands beside it, the first."""
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_brief(item)}" for key, item in list(value.items())[:8]) or "none"
+        texts = [(str(key).replace("_", " "), _brief(item)) for key, item in list(value.items())[:8] if item != 0]
+        return ", ".join(text if text.startswith(SUCH_AS) else f"{key}: {text}" for key, text in texts if text)
     if isinstance(value, (list, tuple)):
-        return f"{len(value)}" + (f" (first: {value[0]})" if value else "")
+        return f"{SUCH_AS}{value[0]}" if value else ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -47,7 +47,7 @@ def train(recipe: Recipe, printer: Printer = silent) -> dict:
     bank = parts.bank_of(recipe, method, accelerator, pairs, measured=stored.reference is not None and heldout is None)
     if stored.reference is not None:
         reference.check(stored.reference, recipe, stored, parts.context(recipe, bank, accelerator), accelerator.device)
-    if recipe.train.compile == "on":
+    if recipe.train.compile != "off":
         problem = parts.compiled(recipe, bank, stored, accelerator)
         say(f"compile: the blocks run uncompiled ({problem})" if problem else "compile: the repeated blocks are compiled")
     source = parts.source_of(recipe, stored, bank, accelerator)

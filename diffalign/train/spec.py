@@ -18,8 +18,10 @@ class TrainSpec:
     resume: "auto" continues from the newest valid checkpoint in output_dir, "never" refuses to touch an old run.
     validation_steps: every how many steps the held-out preference accuracy is measured (0: only at both ends).
     dataloader_num_workers: above 0, the next step's batches are read in a thread meanwhile. allow_change: recipe keys that
-    may differ from the checkpoint's on resume, such as ("train.learning_rate",). compile: torch.compile of the transformer
-    blocks, a minute or more at the start; where it does not work the run says so and goes on without.
+    may differ from the checkpoint's on resume, such as ("train.learning_rate",). gradient_checkpointing: true keeps the
+    inputs of blocks and runs the blocks again in the backward pass; selective also keeps what attention and convolutions
+    gave (diffusers' UNets and transformers). compile: torch.compile of the transformer blocks, a minute or more at the
+    start; where it does not work, or with auto is no faster, the run says so and goes on without.
     """
 
     max_train_steps: int = 1000
@@ -35,10 +37,10 @@ class TrainSpec:
     adam_weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     enable_xformers_memory_efficient_attention: bool = False
     allow_tf32: bool = True
-    compile: Literal["off", "on"] = "off"
+    compile: Literal["off", "on", "auto"] = "off"
     ema_decay: float | None = None
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2

@@ -56,7 +56,9 @@ def _two_scenes(rng: np.random.Generator, kind: str) -> tuple[Scene, Scene]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="configs/tiny/lrm.yaml")
-    parser.add_argument("--rendered", type=int, default=2000, help="pairs of rendered scenes")
+    parser.add_argument("--rendered", type=int, default=32000, help="pairs of rendered scenes")
+    parser.add_argument("--repeats", type=int, default=8, help="how often each preference pair stands beside them")
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--work", default="outputs/tiny-lrm", help="folder for the run")
     parser.add_argument("--out", default="assets/tiny-lrm")
     args = parser.parse_args()
@@ -64,8 +66,10 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe(args.recipe)
     rendered = pa.Table.from_pylist(list(near_misses(np.random.default_rng(recipe.seed), args.rendered)), schema=SCHEMA)
-    pq.write_table(pa.concat_tables([pq.read_table(recipe.data.path, schema=SCHEMA), rendered]), work / "pairs.parquet")
-    facts = train(load_recipe(args.recipe, [f"output_dir={work}/run", f"data.path={work}/pairs.parquet"]), printer=print)
+    drawn = args.repeats * [pq.read_table(recipe.data.path, schema=SCHEMA)]
+    pq.write_table(pa.concat_tables([*drawn, rendered]), work / "pairs.parquet")
+    facts = train(load_recipe(args.recipe, [f"output_dir={work}/run", f"data.path={work}/pairs.parquet",
+                                            f"train.max_train_steps={args.steps}"]), printer=print)
     load_scorer(work / "run" / LATENT_REWARD).module.save_pretrained(args.out, dtype=torch.float16)
     print(json.dumps(facts["heldout"], indent=1))
 

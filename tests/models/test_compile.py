@@ -60,3 +60,22 @@ def test_a_compiler_that_fails_is_a_note(bank):
 def test_a_model_that_names_no_blocks_is_a_note(folders):
     denoiser = tiny.load_denoiser(tiny.spec(folders("sd3")))
     assert "_repeated_blocks" in compile_blocks(denoiser, lambda: None)
+
+
+@pytest.mark.parametrize("slower", ["compiled", "plain"])
+def test_a_race_keeps_the_faster(bank, monkeypatch, slower):
+    """A clock that only attempts move: 2 s where the blocks run as named, 1 s otherwise."""
+    clock, runs = [0.0], []
+
+    def attempt():
+        kind = "compiled" if compiled(bank) else "plain"
+        runs.append(kind)
+        clock[0] += 2.0 if kind == slower else 1.0
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    said = compile_blocks(bank.denoiser, attempt, race=3, backend="eager")
+    assert runs == ["compiled", *3 * ["plain", "compiled"]]
+    if slower == "compiled":
+        assert said == "2 s a pass compiled, 1 s as they are" and not compiled(bank)
+    else:
+        assert said is None and compiled(bank)

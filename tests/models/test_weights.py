@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.models import LoRA, WeightBank, enable_gradient_checkpointing
@@ -99,9 +102,9 @@ def test_initialisation_depends_on_the_seed_alone(folders):
     assert all(not x.any() for n, x in one.items() if "lora_B" in n)
 
 
-def gradients(bank, *, checkpointing: bool) -> dict:
+def gradients(bank, *, checkpointing: bool | str) -> dict:
     if checkpointing:
-        enable_gradient_checkpointing(bank.denoiser)
+        enable_gradient_checkpointing(bank.denoiser, selective=checkpointing == "selective")
     inputs = tiny.random_input(bank.denoiser)
     reference = bank.predict("reference", *inputs)
     assert not reference.requires_grad
@@ -115,15 +118,51 @@ def gradients(bank, *, checkpointing: bool) -> dict:
 def test_gradients_do_not_depend_on_checkpointing(folders, family, lora):
     """After a reference pass, in train mode: what recomputation must not see is the adapter switched off."""
     results = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "selective"):
         bank = bank_of(folders(family), lora)
         tiny.perturb(bank.trainable().values(), scale=0.02)
         bank.denoiser.module.train()
         results.append(gradients(bank, checkpointing=checkpointing))
-    plain, recomputed = results
+    plain, *others = results
     for name, gradient in plain.items():
         assert gradient.abs().sum() > 0, name    # every trained weight has an effect
-        torch.testing.assert_close(recomputed[name], plain[name], atol=1e-6, rtol=1e-5)
+        for recomputed in others:
+            torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_selective_checkpointing_runs_no_convolution_and_no_attention_again(folders):
+    counts = []
+    for checkpointing in (False, "selective", True):
+        bank = bank_of(folders("sd"))
+        bank.denoiser.module.train()
+        with Calls() as calls:
+            gradients(bank, checkpointing=checkpointing)
+        counts.append([calls.of[name] for name in ("convolution", "_scaled_dot_product_flash_attention_for_cpu",
+                                                   "native_group_norm")])
+    plain, selective, whole = counts
+    assert selective[:2] == plain[:2] and selective[2] > plain[2]
+    assert whole[0] > plain[0] and whole[1] > plain[1]
+
+
+class Calls(TorchDispatchMode):
+    """How often each operation ran, by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.of[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_is_refused_where_a_model_has_none():
+    class Sealed(torch.nn.Module):
+        def enable_gradient_checkpointing(self):
+            pass
+
+    with pytest.raises(ConfigError, match="train.gradient_checkpointing: Sealed knows true and false only"):
+        enable_gradient_checkpointing(SimpleNamespace(module=Sealed()), selective=True)
 
 
 def test_adapters_are_on_again_after_an_exception(folders):

@@ -1,8 +1,8 @@
-"""Score against seconds and against denoiser passes while DPO, LPO, SPO and TailorPO train on the embedded model.
+"""Score against seconds and against denoiser passes while recipes train on the embedded model: by default DPO, LPO, SPO and
+TailorPO.
 
-    OMP_NUM_THREADS=1 python scripts/step_level_curves.py run --out runs/curves
-    python scripts/step_level_curves.py table --out runs/curves --docs docs/step_level.md \\
-                                                --figure assets/figures/step_level.png
+    OMP_NUM_THREADS=1 python scripts/score_curves.py run --out runs/curves
+    python scripts/score_curves.py table --out runs/curves --docs docs/step_level.md --figure assets/figures/step_level.png
 
 Call it from the repository root. The runs are interleaved: all methods with the first seed, then all with the next. At equal
 shares of its steps a run's LoRA is put aside with what the training had cost until then: wall seconds, CPU seconds of the
@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from compare_table import FAINT, INK, axes, put, save
+from scipy.stats import ttest_1samp
 
 from diffalign.cli import _quiet_libraries
 from diffalign.config import Recipe, as_tree, load_recipe
@@ -47,7 +48,7 @@ from diffalign.world import world_of
 
 RECIPES = {"dpo": "configs/quickstart.yaml", "lpo": "configs/tiny/lpo.yaml", "spo": "configs/tiny/spo.yaml",
            "tailorpo": "configs/tiny/tailorpo.yaml"}
-BEGIN, END = "<!-- curves: written by scripts/step_level_curves.py table -->", "<!-- end of curves -->"
+BEGIN, END = "<!-- curves: written by scripts/score_curves.py table -->", "<!-- end of curves -->"
 COLOURS = ("#16181d", "#2563eb", "#0a7d4f", "#b45309", "#7c3aed", "#0891b2")
 
 
@@ -132,10 +133,11 @@ class Exam:
         return np.nanmean(side.scores, axis=1).tolist()
 
 
-def chosen(text: str) -> tuple[str, str]:
-    """NAME or NAME=RECIPE."""
-    name, _, path = text.partition("=")
-    return name, path or RECIPES[name]
+def chosen(text: str) -> tuple[str, str, list[str]]:
+    """NAME or NAME=RECIPE, and options for it alone, each after a blank."""
+    first, *options = text.split()
+    name, _, path = first.partition("=")
+    return name, path or RECIPES[name], options
 
 
 def run(args) -> None:
@@ -147,12 +149,12 @@ def run(args) -> None:
         write_json(out / "base.json", {"scores": exam(None), "model": model_identity(base.model), "prompts": args.prompts})
         print("base", np.mean(json.loads((out / "base.json").read_text())["scores"]), flush=True)
     for seed in map(int, args.seeds.split(",")):
-        for name, path in (chosen(text) for text in args.methods.split(",")):
+        for name, path, options in map(chosen, args.methods or RECIPES):
             file, folder = out / f"{name}-seed{seed}.json", out / f"{name}-seed{seed}"
             if file.is_file():
                 continue
             recipe = load_recipe(path, [f"output_dir={folder}", f"data.cache_dir={out / 'cache'}", f"seed={seed}",
-                                                 "data.validation=null", *args.options])
+                                                 "data.validation=null", *options])
             marks = trained(recipe, folder, args.marks)
             for mark in marks:
                 mark["scores"] = exam(folder / "marks" / f"step{mark['step']}" / LORA_FILE)
@@ -169,7 +171,7 @@ def results(out: Path) -> dict[str, list[dict]]:
         run = json.loads(file.read_text(encoding="utf-8"))
         found.setdefault(run["method"], []).append(run)
     if not found:
-        raise ConfigError(f"{out}: holds no results; run `python scripts/step_level_curves.py run --out {out}` first")
+        raise ConfigError(f"{out}: holds no results; run `python scripts/score_curves.py run --out {out}` first")
     return found
 
 
@@ -183,11 +185,11 @@ def scores(runs: list[dict]) -> np.ndarray:
     return np.asarray([[mark["scores"] for mark in run["marks"]] for run in runs])
 
 
-def table(out: Path) -> str:
-    """A row a method and mark; the difference to DPO's last mark is paired over prompts, with a bootstrap over them."""
+def table(out: Path, goal_of: str = "dpo") -> str:
+    """A row a method and mark; the difference to the goal's last mark is paired over prompts, with a bootstrap over them."""
     found, base = results(out), json.loads((out / "base.json").read_text(encoding="utf-8"))
-    goal = scores(found["dpo"]).mean(0)[-1] if "dpo" in found else None
-    head = ("method", "steps", "passes", "CPU seconds", "wall seconds", "score (runs)", "less DPO's last [95 %]")
+    goal = scores(found[goal_of]).mean(0)[-1] if goal_of in found else None
+    head = ("method", "steps", "passes", "CPU seconds", "wall seconds", "score (runs)", f"less {goal_of}'s last [95 %]")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, runs in found.items():
         columns = [means(runs, what) for what in ("step", "passes", "cpu_seconds", "seconds")]
@@ -200,8 +202,34 @@ def table(out: Path) -> str:
                 apart = f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
             lines.append(f"| {name} | {step:.0f} | {passes:,.0f} | {cpu:.0f} | {wall:.0f} | **{at.mean():.3f}** "
                          f"({', '.join(f'{score:.3f}' for score in at)}) | {apart} |")
+    if goal is not None and len(found[goal_of]) > 1:
+        lines += ["", *reached(found, goal_of, float(np.mean(base["scores"])))]
     start = f"Base: {np.mean(base['scores']):.3f} on {len(base['scores'])} prompts ({base['prompts']})."
     return "\n".join([start, "", *lines])
+
+
+def reached(found: dict[str, list[dict]], goal_of: str, base: float) -> list[str]:
+    """Passes to the goal's last score, by the straight lines between the marks of the runs' mean; and the mean score over the
+    marks, whose difference to the goal's is paired by seed, with Student's interval."""
+    level, paired = scores(found[goal_of])[:, -1].mean(), {run["seed"]: run for run in found[goal_of]}
+    lines = [f"| method | passes to {goal_of}'s last score, {level:.3f} | mean over the marks, less {goal_of}'s "
+             "[95 % over seeds] |", "|---|---|---|"]
+    for name, runs in found.items():
+        passes, means_at = [0.0, *means(runs, "passes")], [base, *scores(runs).mean((0, 2))]
+        first = next((i for i, score in enumerate(means_at) if score >= level), None)
+        need = f"not in {passes[-1]:,.0f}" if first is None else f"{_between(passes, means_at, first, level):,.0f}"
+        both = [run for run in runs if run["seed"] in paired]
+        apart = scores(both).mean((1, 2)) - scores([paired[run["seed"]] for run in both]).mean((1, 2))
+        cell = ""
+        if name != goal_of and len(both) > 1:
+            low, high = ttest_1samp(apart, 0).confidence_interval()
+            cell = f"{apart.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append(f"| {name} | {need} | {cell} |")
+    return lines
+
+
+def _between(passes: list[float], at: list[float], first: int, level: float) -> float:
+    return float(np.interp(level, at[first - 1:first + 1], passes[first - 1:first + 1]))
 
 
 def figure(out: Path, path: Path) -> None:
@@ -226,19 +254,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "table"])
     parser.add_argument("--out", default="runs/curves")
-    parser.add_argument("--methods", default=",".join(RECIPES), help="NAME or NAME=RECIPE, separated by commas")
+    parser.add_argument("--method", dest="methods", action="append", metavar="'NAME[=RECIPE] [OPTION=VALUE ...]'",
+                        help="again for each; without it all of " + ", ".join(RECIPES))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--prompts", default="heldout", choices=["heldout", "validation"])
     parser.add_argument("--pictures", type=int, default=2, help="a prompt")
     parser.add_argument("--marks", type=int, default=3)
-    parser.add_argument("--set", dest="options", action="append", default=[], metavar="OPTION=VALUE")
+    parser.add_argument("--goal", default="dpo", help="the method that the others are compared with")
     parser.add_argument("--docs", type=Path, help="where the table goes, between its two markers")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     if args.command == "run":
         run(args)
         return
-    text = table(Path(args.out))
+    text = table(Path(args.out), args.goal)
     print(text)
     if args.figure:
         figure(Path(args.out), args.figure)
