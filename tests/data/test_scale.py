@@ -19,14 +19,14 @@ from diffalign.data.offline import Offline
 
 from .toy import ToyEncoders, spec
 
-FEW, MANY = 1000, 4000
+FEW, MANY = 500, 2000
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """So that what is constant, a shard and a block, is reached by the smaller set already."""
-    monkeypatch.setattr(store, "SHARD_RECORDS", 500)
-    monkeypatch.setattr(encoding, "BLOCK", 500)
+    monkeypatch.setattr(store, "SHARD_RECORDS", 250)
+    monkeypatch.setattr(encoding, "BLOCK", 250)
     monkeypatch.setattr(store.os, "fsync", lambda handle: None)
 
 
@@ -70,7 +70,7 @@ def peak(call, *args) -> int:
 
 
 def test_memory_is_flat(tmp_path):
-    """3,000 pairs more. Building: below 100 bytes a pair, of names and checks of the shards, one for 500 records here instead
+    """1,500 pairs more. Building: below 100 bytes a pair, of names and checks of the shards, one for 250 records here instead
     of 32 MiB (it was 4,100). Opening, the order and a batch: below 64 (it was 1,000), of which the permutation takes 8."""
     def begin(manifest):
         source = Offline(Cache(manifest), seed=0, train_batch_size=8, prefetch=False)
