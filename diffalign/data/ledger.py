@@ -1,7 +1,8 @@
 """What a build has seen so far, in a SQLite file: memory does not grow with the rows.
 
-A scratch file beside the sets, removed at the end, swept away after a kill, never read again: nothing rests on its safety, so
-it has no journal and is not flushed. Ids begin at 1 and follow the first appearance.
+A scratch file of one process beside the sets, removed at the end, swept away after a kill, never read again: nothing rests
+on its safety, so it has no journal, no lock (network disks may have none) and is not flushed. Ids begin at 1 and follow the
+first appearance.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .cache import Group
 
 CACHE_KIB = 16 << 10  # of SQLite's pages in memory
 _SETUP = """
-    PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA locking_mode=EXCLUSIVE; PRAGMA temp_store=FILE;
+    PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA temp_store=FILE;
     -- records by key; shard is NULL while one is only queued
     CREATE TABLE latent (key BLOB PRIMARY KEY, shard INTEGER, at INTEGER) WITHOUT ROWID;
     CREATE TABLE text (key BLOB PRIMARY KEY, shard INTEGER, at INTEGER) WITHOUT ROWID;
@@ -51,9 +52,10 @@ class Ledger:
 
     def __enter__(self) -> Ledger:
         try:
-            self._db = sqlite3.connect(self._path, isolation_level=None)
+            self._db = sqlite3.connect(f"{self._path.resolve().as_uri()}?nolock=1", uri=True, isolation_level=None)
             self._db.executescript(f"PRAGMA cache_size=-{CACHE_KIB};{_SETUP}")
         except sqlite3.Error as error:
+            self._path.unlink(missing_ok=True)
             raise self._full(error) from None
         return self
 
@@ -110,6 +112,7 @@ class Ledger:
         return self._one("SELECT size, changed, digest, height, width, problem FROM look WHERE path = ?", os.fsencode(path))
 
     def add_look(self, path: str, *values) -> None:
+        """values: as ``look`` gives them."""
         *values, problem = values
         self._run("INSERT OR IGNORE INTO look VALUES (?, ?, ?, ?, ?, ?, ?)", (os.fsencode(path), *values, _valid(problem)))
 

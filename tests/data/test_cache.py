@@ -185,10 +185,12 @@ def test_damage_in_the_shards_of_another_set_does_not_matter(tmp_path):
 
 
 def test_a_full_disk_while_rows_are_noted(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger, "_SETUP", "PRAGMA max_page_count=24;" + ledger._SETUP)
-    with pytest.raises(ResourceError, match="cannot write the cache .database or disk is full.; free some space or set data"):
-        build(pairs(tmp_path, 200), tmp_path, encoders=ToyEncoders())
-    assert not list((tmp_path / "cache" / "sets").iterdir())
+    path, setup = pairs(tmp_path, 100), ledger._SETUP
+    for pages in (4, 30):  # too few for the tables, or for the rows
+        monkeypatch.setattr(ledger, "_SETUP", f"PRAGMA max_page_count={pages};" + setup)
+        with pytest.raises(ResourceError, match="cannot write the cache .database or disk is full.; free some space or set"):
+            build(path, tmp_path, encoders=ToyEncoders())
+        assert not list((tmp_path / "cache" / "sets").iterdir())
 
 
 def test_float16(tmp_path):
