@@ -33,7 +33,8 @@ class Cond(_Movable):
 
     tokens: [B, L, D] float, text-encoder states; None for text, whose prompt is a part of ``Batch.x0``. pooled: [B, D'] float
     or None. extra: per candidate, [B, K, ...]; SDXL's ``time_ids`` [B, K, 6] in pixels stay float32 (bf16 cannot hold 1023);
-    text's ``answer`` and ``attended`` [B, K, L] bool, where the answer lies and what is no padding.
+    text's ``answer`` and ``attended`` [B, K, L] bool, where the answer lies and what is no padding; those of sounds are named
+    by their adapters.
     """
 
     tokens: Tensor | None = None

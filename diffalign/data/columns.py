@@ -22,7 +22,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -43,6 +43,7 @@ MODELS = {"pickapic": ("model_0", "model_1"), "pickapic_scored": ("model_0", "mo
 PICTURES = (("jpg_0", "jpg_1"), ("chosen", "rejected"), ("images",), ("image",))
 SCORED = ".scored.jsonl"  # the ending of what `diffalign score` writes beside a table, which stays the table
 USERS = ("user_id", "user")
+NO_NOTES: Mapping[str, type] = {}
 NAMED = 1000  # bad rows kept by name; beyond it they are only counted
 
 
@@ -71,7 +72,7 @@ class Row:
     """One group. id: the row's number in its data set, whatever was dropped before it. images: pictures, or texts or clips
     where those were asked for. utility: one float32-exact number per image, higher is better. soft: probability that the best
     is truly preferred, or None for a hard label. models: what drew each picture, where a column says so; else empty. user: who
-    judged, from the column user_id or user, or None."""
+    judged, from the column user_id or user, or None. notes: further columns that were asked for, those with a value."""
 
     id: int
     prompt: str
@@ -81,6 +82,7 @@ class Row:
     where: str
     models: tuple[str | None, ...] = ()
     user: str | None = None
+    notes: dict[str, str | int] = field(default_factory=dict)
 
     @property
     def tie(self) -> bool:
@@ -125,14 +127,16 @@ def has_validation(spec: DataSpec) -> bool:
 
 
 def read_rows(spec: DataSpec, tally: Tally, *, part: str = "train", seed: int = 0,
-              candidates: Literal["pictures", "texts", "clips"] = "pictures") -> Iterator[Row]:
+              candidates: Literal["pictures", "texts", "clips"] = "pictures",
+              notes: Mapping[str, type] = NO_NOTES) -> Iterator[Row]:
     """Rows of ``part`` ("train" or "validation") in file order, ties treated as ``spec.ties`` says. candidates: what a row
-    compares: files of pictures, texts, or clips (files, or arrays of codec tokens).
+    compares: files of pictures, texts, or clips (files, or arrays of codec tokens). notes: further columns, each a str or an
+    int; a row without a value is read without it.
 
     Raises DataError: unreadable or empty data set, no preference column, a bad row or a tie where those are refused.
     """
     kept = 0
-    for row in _labelled(spec, tally, part, _CANDIDATES[candidates]):
+    for row in _labelled(spec, tally, part, _CANDIDATES[candidates], notes):
         if row.tie and not _keep_tie(spec, tally, row):
             continue
         kept += 1
@@ -200,7 +204,8 @@ def nothing_left(spec: DataSpec, tally: Tally, part: str) -> DataError:
                      f"{tally.unlabelled} without a label" + (f"; first: {tally.bad[0]}" if tally.bad else ""))
 
 
-def _labelled(spec: DataSpec, tally: Tally, part: str, candidate: Callable) -> Iterator[Row]:
+def _labelled(spec: DataSpec, tally: Tally, part: str, candidate: Callable,
+              notes: Mapping[str, type]) -> Iterator[Row]:
     """Every well-formed row, ties included; bad ones refused or skipped. candidate: reads a value of a row, as ``_image``."""
     layout = None
     for number, where, root, record in _records(spec, part):
@@ -214,7 +219,7 @@ def _labelled(spec: DataSpec, tally: Tally, part: str, candidate: Callable) -> I
             if columns.get("has_label") is False:
                 tally.unlabelled += 1
                 continue
-            row = _row(number, where, root, columns, layout, candidate)
+            row = _row(number, where, root, columns, layout, candidate, notes)
         except _LayoutError:
             raise
         except DataError as error:
@@ -251,7 +256,8 @@ class _Field(Exception):
     """A value that cannot be used: (column, what is wrong)."""
 
 
-def _row(number: int, where: str, root: Path | None, columns: dict, layout: str, candidate: Callable) -> Row:
+def _row(number: int, where: str, root: Path | None, columns: dict, layout: str, candidate: Callable,
+         notes: Mapping[str, type]) -> Row:
     def picture(value, column: str) -> ImageRef | str | np.ndarray:
         return candidate(value, column, root, where)
 
@@ -261,11 +267,12 @@ def _row(number: int, where: str, root: Path | None, columns: dict, layout: str,
         if not all(map(math.isfinite, utility)):
             raise _Field("scores", "a score is too large for float32")
         prompt = _prompt(columns)
+        noted = {name: _note(columns[name], name, kind) for name, kind in notes.items() if columns.get(name) is not None}
     except _Field as error:
         raise DataError(f"{where}: {error.args[0]}: {error.args[1]}") from None
     tied = len(utility) > 1 and min(utility) == max(utility)
     return Row(id=number, prompt=prompt, images=tuple(images), utility=utility, soft=0.5 if tied else soft, where=where,
-               models=_models(columns, layout, len(images)), user=_user(columns))
+               models=_models(columns, layout, len(images)), user=_user(columns), notes=noted)
 
 
 def _models(columns: dict, layout: str, count: int) -> tuple[str | None, ...]:
@@ -417,6 +424,15 @@ def _user(columns: dict) -> str | None:
     if isinstance(value, float):
         value = int(value) if value.is_integer() else None if math.isnan(value) else value
     return None if value is None or isinstance(value, (dict, list, bytes)) else str(value) or None
+
+
+def _note(value, column: str, kind: type) -> str | int:
+    if kind is str:
+        return _text(value, column)
+    number = _number(value, column)
+    if number != int(number):
+        raise _Field(column, f"a whole number is needed, got {number:g}")
+    return int(number)
 
 
 def _text(value, column: str, root: Path | None = None, where: str = "") -> str:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..process import Trigonometric, V
 from ..types import Cond
-from .base import Adapter, unwrap
-from .lora import write_peft
+from .base import unwrap
+from .sound import Arrays, Clips, SoundAdapter, array, counted
+
+if TYPE_CHECKING:
+    from .encoders import Encoders
 
 
 @dataclass(kw_only=True)
-class StableAudio(Adapter):
+class StableAudio(SoundAdapter):
     """Stable Audio Open (StableAudioDiTModel), v-prediction with x_t = cos(pi t / 2) x0 + sin(pi t / 2) noise.
 
     xt: [N, C, L]. cond: tokens [N, T, D], the projected text; extra ``durations`` [N, 2, D], the embeddings of the seconds at
@@ -27,8 +31,8 @@ class StableAudio(Adapter):
     family, pipeline, component = "stable_audio", "StableAudioPipeline", "transformer"
     module_class = "StableAudioDiTModel"
     texts = ("text_encoder", "tokenizer", "projection_model")
-    pooled_is_projected = False
-    hollow = audio = True
+    hollow = True
+    seconds = "audio_end_in_s"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     kohya_prefix, kohya_metadata = "", {}  # no reader of that layout knows this model
 
@@ -51,10 +55,6 @@ class StableAudio(Adapter):
         """The frequencies of the time embedding, which are constants."""
         return ("time_proj",)
 
-    def save_lora(self, folder: Path | str, metadata: dict[str, str]) -> None:
-        """As ``PeftModel.from_pretrained(pipe.transformer, folder)`` reads it: the pipeline has no loader of LoRA files."""
-        write_peft(self, folder, metadata)
-
     @classmethod
     def assemble(cls, module: nn.Module, scheduler_config: dict[str, Any], identity: str = "unsaved") -> StableAudio:
         return cls(module=module, process=Trigonometric(), param=V(), identity=identity)
@@ -73,3 +73,21 @@ class StableAudio(Adapter):
     @staticmethod
     def unconditional(pipe) -> tuple[Tensor, None]:
         return torch.zeros_like(StableAudio.encode(pipe, [""])[0]), None
+
+    @staticmethod
+    def clips(pipe) -> Clips:
+        """All latents are of one length: as the pipeline does, a shorter clip is a full one whose end is silent."""
+        full = pipe.transformer.config.sample_size * pipe.vae.hop_length
+        return Clips(rate=pipe.vae.config.sampling_rate, channels=pipe.vae.config.audio_channels, longest=full, step=full)
+
+    @staticmethod
+    def told(encoders: Encoders, caption: str, notes: Mapping[str, Any], samples: int) -> tuple[np.ndarray, Arrays]:
+        counted(encoders.pipe.tokenizer, caption, encoders.pipe.tokenizer.model_max_length, "the prompt")
+        return array(encoders.encode_prompts([caption])[0][0]), {}
+
+    @staticmethod
+    @torch.no_grad()
+    def timing(encoders: Encoders, samples: int) -> Arrays:
+        """The seconds tell where the clip ends."""
+        seconds = samples / encoders.pipe.vae.config.sampling_rate
+        return {"durations": array(torch.cat(encoders.pipe.encode_duration(0.0, seconds, encoders.device, False, 1), 1)[0])}

@@ -61,11 +61,12 @@ class Adapter:
     pipeline: ClassVar[str]                 # diffusers pipeline class
     component: ClassVar[str]                # the denoiser's name in that pipeline
     module_class: ClassVar[str]             # the denoiser's diffusers class
+    library: ClassVar[str] = "diffusers"    # what model_index.json may also call the place of that class
     texts: ClassVar[tuple[str, ...]]        # text encoders and tokenizers that the pipeline cannot do without
     lora_targets: ClassVar[tuple[str, ...]]
     pooled_is_projected: ClassVar[bool]     # whether the pooled prompt has gone through the encoder's CLIP projection
     hollow: ClassVar[bool] = False          # whether the pipeline cannot be built without a denoiser, be it an empty one
-    audio: ClassVar[bool] = False           # whether latents [C, L] are of sound
+    audio: ClassVar[bool] = False           # whether latents are of sound: a ``SoundAdapter``
     kohya_prefix: ClassVar[str]             # goes before LoRA keys into convert_state_dict_to_kohya: "unet" for lora_unet_
     kohya_metadata: ClassVar[dict[str, str]]
 
@@ -87,6 +88,10 @@ class Adapter:
     def idle(self) -> tuple[str, ...]:
         """Layers whose output the model drops: training them would move nothing, so they are left alone."""
         return ()
+
+    def recompute(self) -> Callable | None:
+        """Calls a layer, (layer, *arguments), as it should be under gradient checkpointing; None where diffusers does."""
+        return None
 
 
 def unwrap(module: nn.Module) -> Any:
@@ -158,11 +163,15 @@ def enable_gradient_checkpointing(denoiser: Denoiser, selective: bool = False) -
     selective: what attention and convolutions give is kept. The adapters must be on when backward runs:
     ``WeightBank.predict`` restores them after every reference pass. Raises ConfigError for a model that takes no function.
     """
-    module = unwrap(denoiser.module)
-    if not selective:
+    module, call = unwrap(denoiser.module), denoiser.recompute() if isinstance(denoiser, Adapter) else None
+    if not selective and call is None:
         module.enable_gradient_checkpointing()
         return
     if "gradient_checkpointing_func" not in inspect.signature(module.enable_gradient_checkpointing).parameters:
         raise ConfigError(f"train.gradient_checkpointing: {type(module).__name__} knows true and false only, not 'selective'")
-    module.enable_gradient_checkpointing(gradient_checkpointing_func=partial(
-        checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _keep_dear)))
+    kept = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_dear)} if selective else {}
+
+    def recomputed(layer: nn.Module, *args):
+        return checkpoint(layer if call is None else partial(call, layer), *args, use_reentrant=False, **kept)
+
+    module.enable_gradient_checkpointing(gradient_checkpointing_func=recomputed)

@@ -15,10 +15,11 @@ from typing import Any
 
 from ..errors import ModelError
 
-LIBRARIES = ("diffusers", "transformers", "stable_audio")  # the last: a folder of diffusers' own pipelines
-WEIGHTED = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "projection_model")
+LIBRARIES = ("diffusers", "transformers", "stable_audio", "audioldm2", "ace_step")  # the last: of diffusers' own pipelines
+WEIGHTED = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "projection_model",
+            "language_model", "condition_encoder", "vocoder", "audio_tokenizer", "audio_token_detokenizer")
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3",
-        "projection_model")
+        "projection_model", "language_model", "condition_encoder")
 # parts of a pipeline that this package never loads
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")

@@ -18,7 +18,9 @@ import torch
 
 from .. import _compat  # noqa: F401  (before diffusers)
 from ..errors import ModelError, first_line
+from .ace_step import AceStep
 from .audio_dit import StableAudio
+from .audio_unet import AudioLDM2
 from .base import Adapter, Denoiser, unwrap
 from .dit import SD3
 from .encoders import EncoderFacts, Encoders
@@ -43,7 +45,8 @@ from .unet import SD, SDXL
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-FAMILIES: dict[str, type[Adapter]] = {"sd": SD, "sdxl": SDXL, "sd3": SD3, "stable_audio": StableAudio}
+FAMILIES: dict[str, type[Adapter]] = {"sd": SD, "sdxl": SDXL, "sd3": SD3, "stable_audio": StableAudio,
+                                      "audioldm2": AudioLDM2, "ace_step": AceStep}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -57,7 +60,8 @@ def load_pipeline(spec: ModelSpec, *, parts: Literal["all", "encoders"] = "all")
 
     folder, adapter = inspect(spec)
     check_components(folder, folder.components if parts == "all" else _encoder_parts(folder))
-    absent = {name: None for name in folder.index if name in IGNORED or name in TEXT and name not in folder.components}
+    absent = {name: None for name in folder.index
+              if name in IGNORED and name not in adapter.texts or name in TEXT and name not in folder.components}
     if adapter is SD:
         absent["requires_safety_checker"] = False
     if parts == "encoders":
@@ -151,15 +155,16 @@ def model_identity(spec: ModelSpec) -> str:
 
 def is_distilled(spec: ModelSpec) -> bool:
     """Whether the base draws in a few steps, as far as its files tell: a fused LoRA, a few-step scheduler, SDXL-Turbo's
-    (ancestral, ending on the noisiest step), or a UNet that is told the guidance (LCM). Raises ModelError."""
+    (ancestral, ending on the noisiest step), a UNet that is told the guidance (LCM), ACE-Step's turbo. Raises ModelError."""
     if spec.distilled is not None:
         return spec.distilled
     folder, adapter = inspect(spec)
     scheduler = folder.components.get("scheduler", (None, None))[1]
     trailing = folder.config("scheduler").get("timestep_spacing") == "trailing"
+    config = folder.config(adapter.component)
     return bool(spec.fuse_lora or scheduler in ("LCMScheduler", "TCDScheduler")
                 or (scheduler == "EulerAncestralDiscreteScheduler" and trailing)
-                or folder.config(adapter.component).get("time_cond_proj_dim"))
+                or config.get("time_cond_proj_dim") or config.get("is_turbo") or config.get("model_version") == "turbo")
 
 
 def save_pipeline(spec: ModelSpec, denoiser: Denoiser, folder: Path | str) -> Path:
@@ -204,10 +209,10 @@ def inspect(spec: ModelSpec) -> tuple[Folder, type[Adapter]]:
         known = ", ".join(a.pipeline for a in FAMILIES.values())
         raise ModelError(f"{folder.name}: pipeline {folder.pipeline} is not supported; supported are {known}")
     library, module_class = folder.components.get(adapter.component, (None, None))
-    if (library, module_class) != ("diffusers", adapter.module_class):
+    if library not in ("diffusers", adapter.library) or module_class != adapter.module_class:
         raise ModelError(f"{folder.name}: unsupported denoiser: {adapter.component} is {module_class or 'absent'}, "
                          f"{adapter.pipeline} needs {adapter.module_class}")
-    lost = next((part for part in adapter.texts if part not in folder.components), None)
+    lost = next((part for part in adapter.texts if part not in folder.components and part not in IGNORED), None)
     if lost is not None:
         raise ModelError(f"{folder.name}: model_index.json names no {lost}, which a {adapter.pipeline} needs")
     reason = adapter.unsupported(folder.config(adapter.component), folder.config("scheduler"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _compat  # noqa: F401  (before diffusers)
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, first_line
 from .base import Denoiser, unwrap
 from .folder import check_weights
 from .spec import PEFT, LoRA
@@ -76,9 +76,12 @@ def _check_targets(denoiser: Denoiser, targets: list[str]) -> None:
 def load(pipe, file: Path, adapter: str = "default_0") -> None:
     """Put the LoRA of a safetensors file on a stock pipeline, under the name ``adapter``, beside those that are on it.
 
+    Peft's own files (``adapter_model.safetensors``, of models whose pipeline loads no LoRA) are put on the denoiser.
     Raises ModelError, one line.
     """
     check_weights([file], "the trained LoRA")
+    if file.name == PEFT:
+        return _load_peft(pipe, file, adapter)
     try:
         with warnings.catch_warnings(), _silent("diffusers.loaders.peft"):  # logs hundreds of lines before it raises
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several, on purpose
@@ -89,6 +92,25 @@ def load(pipe, file: Path, adapter: str = "default_0") -> None:
         raise ModelError(f"{file}: does not fit this model ({reason}); train it again, or name its own base") from error
     if not any(adapter in names for names in pipe.get_list_adapters().values()):
         raise ModelError(f"{file}: holds nothing for this model; train it again, or name its own base")
+    return None
+
+
+def _load_peft(pipe, file: Path, adapter: str) -> None:
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    module = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    try:
+        config = LoraConfig.from_pretrained(str(file.parent))
+        inject_adapter_in_model(config, module, adapter)
+        state = {name.removeprefix("base_model.model."): x for name, x in load_file(file).items()}
+        unknown = set_peft_model_state_dict(module, state, adapter_name=adapter).unexpected_keys
+        if unknown or not state:
+            raise ValueError(f"no layer for {unknown[0]}" if unknown else "it is empty")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"{file}: does not fit this model ({first_line(error)}); train it again, or name its own "
+                         "base") from error
+    module.peft_config = {**getattr(module, "peft_config", {}), adapter: config}
 
 
 @contextmanager
@@ -146,6 +168,7 @@ def save_lora(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str], 
     ``<stem>_comfy.safetensors``: kohya's layout with an alpha per layer. SD and SDXL: ``lora_unet_<diffusers name>``, read
     by stock diffusers (tested) and, from reading their sources, by ComfyUI and A1111. SD3: ``lora_transformer_<name>``,
     in ComfyUI's key map for SD3 (comfy/lora.py, read, not run); diffusers does not read it and A1111 was not looked at.
+    Families without a ``kohya_prefix`` get the first file alone.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +178,8 @@ def save_lora(denoiser: Denoiser, folder: Path | str, metadata: dict[str, str], 
     said = {**metadata, "format": "pt", "rank": str(rank)}
     write_tensors(files[0], _diffusers_layout(denoiser, state, alpha / rank),
            said | {"alpha": str(rank), "trained_alpha": f"{alpha:g}"})
+    if not denoiser.kohya_prefix:
+        return files[:1]
     write_tensors(files[1], kohya_layout(denoiser, state, alpha),
            _kohya_metadata(denoiser, rank, alpha) | said | {"alpha": f"{alpha:g}"})
     return files

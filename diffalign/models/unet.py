@@ -17,7 +17,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 SMALLEST_ALPHA = 2.0**-24   # zero terminal SNR: keeps log_snr finite, the same floor as diffusers' Euler scheduler
 
 
-def _process(scheduler_config: dict[str, Any]) -> VariancePreserving:
+def schedule(scheduler_config: dict[str, Any]) -> VariancePreserving:
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler.from_config(scheduler_config)
@@ -25,7 +25,7 @@ def _process(scheduler_config: dict[str, Any]) -> VariancePreserving:
     return VariancePreserving.from_scheduler(scheduler)
 
 
-def _unsupported(config: dict[str, Any], scheduler_config: dict[str, Any]) -> str | None:
+def unsupported(config: dict[str, Any], scheduler_config: dict[str, Any]) -> str | None:
     """Why this UNet or noise schedule is not what the adapters assume, or None."""
     scheduler, prediction = str(scheduler_config.get("_class_name", "")), scheduler_config.get("prediction_type", "epsilon")
     if scheduler.startswith("EDM") or "FlowMatch" in scheduler:
@@ -60,13 +60,13 @@ class SD(Adapter):
     @classmethod
     def assemble(cls, module: nn.Module, scheduler_config: dict[str, Any], identity: str = "unsaved") -> SD:
         param = PARAMETERIZATIONS[scheduler_config.get("prediction_type", "epsilon")]
-        return cls(module=module, process=_process(scheduler_config), param=param, identity=identity)
+        return cls(module=module, process=schedule(scheduler_config), param=param, identity=identity)
 
     @staticmethod
     def unsupported(config: dict[str, Any], scheduler_config: dict[str, Any]) -> str | None:
         if config.get("addition_embed_type") is not None:
             return f"its UNet uses addition_embed_type={config['addition_embed_type']!r}, which no adapter feeds"
-        return _unsupported(config, scheduler_config)
+        return unsupported(config, scheduler_config)
 
     @staticmethod
     def encode(pipe, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -107,13 +107,13 @@ class SDXL(Adapter):
     @classmethod
     def assemble(cls, module: nn.Module, scheduler_config: dict[str, Any], identity: str = "unsaved") -> SDXL:
         param = PARAMETERIZATIONS[scheduler_config.get("prediction_type", "epsilon")]
-        return cls(module=module, process=_process(scheduler_config), param=param, identity=identity)
+        return cls(module=module, process=schedule(scheduler_config), param=param, identity=identity)
 
     @staticmethod
     def unsupported(config: dict[str, Any], scheduler_config: dict[str, Any]) -> str | None:
         if config.get("addition_embed_type") != "text_time":
             return f"its UNet has addition_embed_type={config.get('addition_embed_type')!r} instead of 'text_time'"
-        return _unsupported(config, scheduler_config)
+        return unsupported(config, scheduler_config)
 
     @staticmethod
     def encode(pipe, prompts: list[str]) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def generate(pipe, prompts: list[str], seeds: list[int], *, num_inference_steps:
     options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "height": height,
                "width": width, "output_type": "pt"}
     pictures: list[Image.Image] = []
-    with _quiet(pipe), tqdm(total=len(prompts), desc=progress, unit="picture", disable=_hidden(progress)) as bar:
+    with quiet(pipe), tqdm(total=len(prompts), desc=progress, unit="picture", disable=_hidden(progress)) as bar:
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             negative = {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(prompts[part])}
@@ -89,7 +89,7 @@ def _refuse_nan(images: Tensor, prompts: list[str], seeds: list[int]) -> None:
     if broken.any():
         i = int(broken.nonzero()[0])
         raise ModelError(
-            f'{int(broken.sum())} of {len(images)} pictures hold NaN, first "{_short(prompts[i])}" (seed {seeds[i]}): '
+            f'{int(broken.sum())} of {len(images)} pictures hold NaN, first "{short(prompts[i])}" (seed {seeds[i]}): '
             "the weights have diverged, or this is SDXL's VAE in float16; load the VAE in float32 or pass the repaired one "
             "(model.pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix)")
 
@@ -98,16 +98,16 @@ def _warn_black(images: Tensor, prompts: list[str], seeds: list[int], flagged: l
     for i, image in enumerate(images):
         if image.amax() <= 1 / 255:
             cause = "by the pipeline's safety checker" if flagged and flagged[i] else "from edge to edge"
-            logger.warning('picture "%s" (seed %d) is black %s', _short(prompts[i]), seeds[i], cause)
+            logger.warning('picture "%s" (seed %d) is black %s', short(prompts[i]), seeds[i], cause)
 
 
-def _short(text: str, limit: int = 60) -> str:
+def short(text: str, limit: int = 60) -> str:
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @contextmanager
-def _quiet(pipe) -> Iterator[None]:
+def quiet(pipe) -> Iterator[None]:
     """Without the pipeline's own progress bar and watermark, both restored afterwards."""
     bar, watermark = dict(getattr(pipe, "_progress_bar_config", {})), getattr(pipe, "watermark", None)
     pipe.set_progress_bar_config(**{**bar, "disable": True})

@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--recipe", default="configs/tiny/lrm.yaml")
     parser.add_argument("--rendered", type=int, default=32000, help="pairs of rendered scenes")
     parser.add_argument("--repeats", type=int, default=8, help="how often each preference pair stands beside them")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, nargs="+", default=[5000, 7500],
+                        help="ends of the stages; the learning rate falls to 0 at each, and the next takes up its own cosine")
     parser.add_argument("--work", default="outputs/tiny-lrm", help="folder for the run")
     parser.add_argument("--out", default="assets/tiny-lrm")
     args = parser.parse_args()
@@ -68,8 +69,10 @@ def main() -> None:
     rendered = pa.Table.from_pylist(list(near_misses(np.random.default_rng(recipe.seed), args.rendered)), schema=SCHEMA)
     drawn = args.repeats * [pq.read_table(recipe.data.path, schema=SCHEMA)]
     pq.write_table(pa.concat_tables([*drawn, rendered]), work / "pairs.parquet")
-    facts = train(load_recipe(args.recipe, [f"output_dir={work}/run", f"data.path={work}/pairs.parquet",
-                                            f"train.max_train_steps={args.steps}"]), printer=print)
+    for steps in args.steps:
+        facts = train(load_recipe(args.recipe, [f"output_dir={work}/run", f"data.path={work}/pairs.parquet",
+                                                f"train.max_train_steps={steps}",
+                                                "train.allow_change=[train.max_train_steps]"]), printer=print)
     load_scorer(work / "run" / LATENT_REWARD).module.save_pretrained(args.out, dtype=torch.float16)
     print(json.dumps(facts["heldout"], indent=1))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffalign.models import FAMILIES, LoRA, attach
 from diffalign.models.lora import trained
 from diffalign.models.published import SD35_MEDIUM, SD35_SCHEDULER, SDXL_SCHEDULER, SDXL_UNET, on_meta
+from diffalign.types import Cond
 
 
 def wrapped(module) -> list[str]:
@@ -51,3 +54,23 @@ def test_sd35_medium():
                                     "to_add_out")} | {f"attn2.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")}
     # every one is 1536 -> 1536
     assert sum(p.numel() for p in trained(denoiser.module).values()) == 242 * 16 * 2 * 1536
+
+
+def test_audioldm2():
+    """346 M, as published for AudioLDM 2-Full (Tango's repository). 10.24 s are 1024 frames of 64 mels, latents [8, 256, 16].
+    Transformers of three kinds (two self-attentions, GPT-2's states, T5's) at 2 + 2 + 2 places down, 1 in the middle,
+    3 + 3 + 3 up are 48 of two attentions of four projections: 384 layers."""
+    config = {"sample_size": 256, "in_channels": 8, "out_channels": 8, "block_out_channels": [128, 256, 384, 640],
+              "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3, "attention_head_dim": [4, 8, 12, 20],
+              "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"], "cross_attention_dim": [[None, 768, 1024]] * 4}
+    scheduler = {"_class_name": "DDIMScheduler", "beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
+    assert FAMILIES["audioldm2"].unsupported(config, scheduler) is None
+    denoiser = on_meta("audioldm2", config, scheduler)
+    assert sum(p.numel() for p in denoiser.module.parameters()) == 346_943_496
+    with torch.device("meta"):
+        cond = Cond(tokens=torch.empty(2, 8, 768), extra={"t5": torch.empty(2, 20, 1024), "attended": torch.ones(2, 20)})
+        xt, t = torch.empty(2, 8, 256, 16), torch.ones(2)
+        denoiser.process = replace(denoiser.process, alphas_cumprod=torch.empty(1000))
+        assert denoiser(xt, t, cond).shape == xt.shape
+        attach(denoiser, LoRA(rank=4), seed=0)
+    assert len(wrapped(denoiser.module)) == 3 * (6 + 1 + 9) * 8 == 384
