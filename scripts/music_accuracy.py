@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--prompts", type=Path, default=Path("assets/music/heldout_prompts.txt"))
-    parser.add_argument("--each", type=int, default=4, help="clips for each prompt and model")
+    parser.add_argument("--each", type=int, default=16, help="clips for each prompt and model")
     args = parser.parse_args(argv)
     try:
         _quiet_libraries()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,10 +105,14 @@ class Rewriter:
 
 
 class Writer:
-    """A loaded rewriter. Answers depend on the prompts asked together and the seed; nobody else's randomness is touched."""
+    """A loaded rewriter. Answers depend on the prompts asked together and the seed; nobody else's randomness is touched.
 
-    def __init__(self, source: Rewriter, device: torch.device | str = "cpu"):
-        self.source, self.device = source, torch.device(device)
+    allowed: the token ids that an answer's n-th token (from 0) may be; None for any.
+    """
+
+    def __init__(self, source: Rewriter, device: torch.device | str = "cpu",
+                 allowed: Callable[[int], list[int]] | None = None):
+        self.source, self.device, self.allowed = source, torch.device(device), allowed
         self._tokenizer, self._model = source.tokenizer(), source.model().to(device).eval()
         self._tokenizer.padding_side = "left"  # answers begin where the padded prompts end
         self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
@@ -136,6 +140,8 @@ class Writer:
             longest = prompts[int(given["attention_mask"].sum(1).argmax())]
             raise DataError(f'the prompt "{longest[:60]}..." has {length} tokens with the instruction, and the language model '
                             f"reads {most}; shorten it")
+        if self.allowed is not None:
+            how["prefix_allowed_tokens_fn"] = lambda row, ids: self.allowed(len(ids) - length)
         kept = {name: given[name].to(self.device) for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             ids = self._model.generate(**kept, max_new_tokens=room, max_length=None,

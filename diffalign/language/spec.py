@@ -108,6 +108,23 @@ class DpoSpec(Tuning):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GrpoSpec(Tuning):
+    """Online tuning by a reward. generations: answers to a prompt that are compared; batch_size *
+    gradient_accumulation_steps * processes is a multiple of it. beta: weight of the KL to the reference (TRL's default, none).
+    """
+
+    generations: int = 8
+    beta: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.generations < 2:
+            raise ValueError("generations must be at least 2: one has nothing to be compared with")
+        if self.beta < 0:
+            raise ValueError(f"beta must not be negative, got {self.beta}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasureSpec:
     """Rewritten prompts against the users' own, with the same seeds: prompts nobody learned from, and a judge that no
     choice was made by. seeds: pictures a prompt.

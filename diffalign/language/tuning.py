@@ -1,4 +1,4 @@
-"""SFT and DPO of a language model by TRL's trainers with PEFT. The only module that imports TRL.
+"""SFT, DPO and GRPO of a language model by TRL's trainers with PEFT. The only module that imports TRL.
 
 The adapter is merged after each stage, so that the next one's reference, the same network with its adapter off, is the stage
 before and not the model of the beginning.
@@ -11,13 +11,14 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import _compat  # noqa: F401  (trl imports transformers)
 from ..errors import ConfigError, DataError
 from .rewriter import TOKENIZER, Rewriter
-from .spec import DpoSpec, Tuning
+from .spec import DpoSpec, GrpoSpec, Tuning
 
 MODEL, CHECKPOINTS = "model", "checkpoints"
 
@@ -79,6 +80,30 @@ def dpo(source: Rewriter, rows: Sequence[dict], spec: DpoSpec, folder: Path, *, 
         raise ConfigError(f"dpo.loss_type: TRL refuses it ({str(error).splitlines()[0][:200]})") from None
 
 
+@_quietly()
+def grpo(source: Rewriter, prompts: Sequence[str], reward: Callable[[list[str], list[str]], Sequence[float | None]],
+         spec: GrpoSpec, folder: Path, *, seed: int, cpu: bool) -> dict[str, Any]:
+    """Online: ``spec.generations`` answers of the model to each prompt, as long and as hot as ``source`` says, are compared by
+    ``reward(prompts, answers)``, a number each, None for what it cannot score; else as ``sft``. The reference is ``source``.
+    """
+    library = trl()
+    common = _common(spec, folder, seed, cpu)
+    del common["max_length"]  # answers have their own limit
+    try:
+        options = library.GRPOConfig(**common, num_generations=spec.generations, max_completion_length=source.max_new_tokens,
+                                     temperature=source.temperature, top_k=source.top_k, top_p=source.top_p, beta=spec.beta)
+    except ValueError as error:
+        if "num_generations" not in str(error):
+            raise
+        raise ConfigError(f"generations: TRL refuses it ({str(error).splitlines()[0][:200]})") from None
+
+    def judged(prompts: list, completions: list, **columns: Any) -> list[float | None]:
+        return list(reward([said[-1]["content"] for said in prompts], [said[-1]["content"] for said in completions]))
+
+    return _train(partial(library.GRPOTrainer, reward_funcs=judged), options, source,
+                  [{"prompt": source.messages(prompt)} for prompt in prompts], spec, folder)
+
+
 def _common(spec: Tuning, folder: Path, seed: int, cpu: bool) -> dict[str, Any]:
     return {"output_dir": str(folder / CHECKPOINTS), "num_train_epochs": spec.epochs, "learning_rate": spec.learning_rate,
             "per_device_train_batch_size": spec.batch_size, "gradient_accumulation_steps": spec.gradient_accumulation_steps,
@@ -133,7 +158,7 @@ def _check_tokens(tokenizer: Any, table: Sequence[dict]) -> None:
     if tokenizer.bos_token_id in (None, tokenizer.eos_token_id):
         return
     for row in table:
-        said = [*row["prompt"], *row.get("completion", row.get("chosen"))]
+        said = [*row["prompt"], *row.get("completion", row.get("chosen", ()))]
         ids = list(tokenizer.apply_chat_template(said, return_dict=True)["input_ids"])
         if ids.count(tokenizer.bos_token_id) > 1:
             text = row["prompt"][-1]["content"][:60]

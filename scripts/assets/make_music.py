@@ -5,8 +5,8 @@
 Three parts. The codec: transformers' EncodecModel trained as an autoencoder on synthesised clips (``rewards/clips.py``), then
 codebooks by residual k-means of its latents, then the decoder once more on what the codebooks leave. The language model: a
 small MusicgenForConditionalGeneration on the codec's codes; a share of its clips has one attribute wrong, on purpose, so that
-it leaves something to align. Preferences: its own samples for training captions, better ones against worse ones, as codes. A
-third of the captions is held out of the preferences (``is_held_out``). Everything is a function of the seed.
+it leaves something to align. Preferences: its own samples for training captions, better ones against worse ones, as codes.
+Validation pairs and the held-out captions are of others (``part_of``). Everything is a function of the seed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from diffalign.methods import Context
 from diffalign.models.musicgen import Inputs, MusicGen, load_denoiser, load_inputs
 from diffalign.models.spec import ModelSpec
 from diffalign.process import Delay
-from diffalign.rewards.clips import FRAME, RATE, SAMPLES, Clip, Clips, every_clip, is_held_out, synthesise
+from diffalign.rewards.clips import FRAME, RATE, SAMPLES, Clip, Clips, every_clip, part_of, synthesise
 from diffalign.sampling.music import CodeSampler
 from diffalign.types import Memory
 
@@ -172,7 +172,7 @@ def make_model(codec: EncodecModel, words: int, seed: int) -> MusicgenForConditi
 def train(model: MusicgenForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, steps: int, wrong: float, seed: int,
           batch: int = 16) -> None:
     """Cross-entropy of all codes; the text encoder learns along."""
-    captions, waves = drawn_clips(3000, seed, "music", wrong)
+    captions, waves = drawn_clips(6000, seed, "music", wrong)
     codes, delay = codes_of(model.audio_encoder, waves), Delay(codebooks=CODEBOOKS, start_id=WORDS)
     ids = tokenizer(captions, return_tensors="pt")["input_ids"]  # all captions have five words
 
@@ -230,8 +230,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("assets/tiny-music"), help="a model that is there is kept")
     parser.add_argument("--data", type=Path, default=Path("assets/music"))
     parser.add_argument("--codec", type=Path, default=Path("outputs/tiny-codec"), help="a codec that is there is kept")
-    parser.add_argument("--codec-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--codec-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=4800)
+    parser.add_argument("--each", type=int, default=128, help="samples of a training caption")
     parser.add_argument("--wrong", type=float, default=0.4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -241,18 +242,20 @@ def main() -> None:
         tokenizer = make_tokenizer()
         model = make_model(EncodecModel.from_pretrained(args.codec).eval(), len(tokenizer), args.seed)
         train(model, tokenizer, args.steps, args.wrong, args.seed)
-        model.save_pretrained(args.model)
+        model.half().save_pretrained(args.model)
         tokenizer.save_pretrained(args.model)
     spec = ModelSpec(pretrained_model_name_or_path=str(args.model), lora=None)
     denoiser, inputs = load_denoiser(spec), load_inputs(spec)
-    for name, held_out, each in (("train", False, 16), ("validation", True, 8)):
-        clips = [clip for clip in every_clip() if is_held_out(clip) == held_out]
-        found = samples(denoiser, inputs, clips, each, args.seed + held_out)
+    parts = {name: [clip for clip in every_clip() if part_of(clip) == name] for name in ("train", "validation", "heldout")}
+    for i, (name, each) in enumerate((("train", args.each), ("validation", 16))):
+        clips = parts[name]
+        found = samples(denoiser, inputs, clips, each, args.seed + i)
         scores = [score for drawn in found for _, score in drawn]
         rows = pairs(found, clips)
         write_rows(args.data / f"{name}.parquet", rows)
         print(f"{name}: {len(scores)} samples, mean score {sum(scores) / len(scores):.3f}, {len(rows)} pairs", flush=True)
-    (args.data / "heldout_prompts.txt").write_text("".join(f"{c.caption}\n" for c in every_clip() if is_held_out(c)))
+    for name in ("validation", "heldout"):
+        (args.data / f"{name}_prompts.txt").write_text("".join(f"{clip.caption}\n" for clip in parts[name]))
 
 
 if __name__ == "__main__":

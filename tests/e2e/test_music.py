@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from diffalign.run import train
 from tests.data.test_music import codes
 from tests.models import tiny_ace_step, tiny_audio, tiny_audioldm2, tiny_music
 
+ROOT = Path(__file__).parents[2]
 SHORT = {"max_train_steps": 4, "train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler": "constant",
          "mixed_precision": "no", "checkpointing_steps": 2, "logging_steps": 1, "cpu": True}
 
@@ -144,3 +146,20 @@ def test_wrong_codebooks_are_one_line(model, tmp_path, capsys):
     assert main(["train", recipe(folder, model)]) == 2
     error = capsys.readouterr().err
     assert "line 1: the codes have 2 codebooks, and the model has 4" in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_one_stream_through_trl(tmp_path, monkeypatch, capsys):
+    """The script as a user runs it, with few clips; a folder that is there is not written over."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import flat_music
+
+    options = ["dpo", "--out", str(tmp_path / "run"), "--samples", "4", "--each", "1"]
+    assert flat_music.main(options) == 0
+    assert "on 18 prompts, difference" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "stage.json").read_text())["rows"] > 10
+    assert json.loads((tmp_path / "run" / "music.json").read_text())["prompts"] == 18
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert flat_music.main(options) == 2
+    assert "is there; remove it" in capsys.readouterr().err
