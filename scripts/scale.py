@@ -2,20 +2,24 @@
 
 Pairs of distinct 8x8 pictures in a parquet file, a prompt for every four pairs, encoders of no cost: what is measured is what
 grows with the rows. Each stage runs in a process of its own: "encode" builds the cache; "open" is what training does before
-its first step: open the cache, order the rows, make the first batch. Bytes are the peak's, in MiB of resident memory.
+its first step: open the cache, order the rows, make the first batch. What is reported is the growth over the start of a stage,
+in MiB: of the peak of the memory that is the process's own (anonymous: neither mapped files nor page cache, which the system
+takes back when it needs to), of the resident set's peak (RSS, with mapped files), and of the unique set (USS) at the end.
+Seconds are the processor's, so that others on the machine matter less.
 """
 
 import argparse
 import io
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -70,19 +74,49 @@ def build(folder: Path):
 
 
 def stage(name: str, folder: Path) -> dict[str, float]:
-    """Run in a process of its own. before: resident memory with everything imported, before the stage."""
-    before, started = peak(), time.monotonic()
-    if name == "encode":
-        build(folder)
-    else:
-        found = build(folder)  # finds what is there
-        source = data.Offline(data.Cache(found.manifest), seed=0, train_batch_size=BATCH, prefetch=False)
-        assert len(source.take(0)) == 1
-    return {"seconds": time.monotonic() - started, "mib": peak() - before}
+    """Run in a process of its own, with everything imported before the first look."""
+    import datasets  # noqa: F401
+
+    import diffalign.data.encoding  # noqa: F401
+    import diffalign.data.offline  # noqa: F401
+
+    with Watch() as watch:
+        found = build(folder)  # for "open" it finds what is there
+        if name == "open":
+            source = data.Offline(data.Cache(found.manifest), seed=0, train_batch_size=BATCH, prefetch=False)
+            assert len(source.take(0)) == 1
+    return watch.found
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class Watch:
+    """Looks at the process's own memory every few milliseconds. found: MiB above the start, and the processor's seconds."""
+
+    def __enter__(self):
+        self.process, self.done, self.started = psutil.Process(), threading.Event(), time.process_time()
+        found = self.process.memory_info()
+        self.before = self.peak = found.rss - found.shared
+        self.rss = self.rss_peak = found.rss
+        self.uss = self.process.memory_full_info().uss
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while not self.done.wait(0.005):
+            self.look()
+
+    def look(self):
+        found = self.process.memory_info()
+        self.peak, self.rss_peak = max(self.peak, found.rss - found.shared), max(self.rss_peak, found.rss)
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+        self.look()
+        uss = self.process.memory_full_info().uss
+        self.found = {"seconds": time.process_time() - self.started, **{
+            name: value / 2**20 for name, value in (("own", self.peak - self.before), ("rss", self.rss_peak - self.rss),
+                                                     ("uss", uss - self.uss))}}
 
 
 def main() -> None:
@@ -102,7 +136,8 @@ def main() -> None:
                 command = [sys.executable, __file__, "--stage", name, folder]
                 found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
                 results.append({"rows": rows, "stage": name, **found})
-                print(f"{rows:>9,} pairs  {name:6}  {found['seconds']:8.2f} s  {found['mib']:8.1f} MiB more than at the start")
+                print(f"{rows:>9,} pairs  {name:6}  {found['seconds']:8.2f} s  MiB: own {found['own']:7.1f}  "
+                      f"rss {found['rss']:7.1f}  uss {found['uss']:7.1f}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 

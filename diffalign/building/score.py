@@ -31,7 +31,7 @@ from .judge import copied, scored
 from .spec import ScoreSpec
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-TABLES = (".parquet", ".arrow", ".csv", ".jsonl", ".ndjson")
+TABLES = (".parquet", ".arrow", ".csv", ".jsonl", ".ndjson", ".tar")
 UNIT = 32  # rows scored and written down at once
 HASHED = 4 << 30  # bytes; a larger file is told by size and time
 NAMED = 5

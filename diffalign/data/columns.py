@@ -1,4 +1,5 @@
-"""Rows of any known layout -> one schema. Reads local files and hub data sets, one row at a time, never decoding a picture.
+"""Rows of any known layout -> one schema. Reads local files, tar shards (``tars.py``) and hub data sets, one row at a time,
+never decoding a picture.
 
 Layouts (``prompt`` may also be called ``caption`` or ``text``):
   pickapic         jpg_0, jpg_1, label_0[, label_1], caption     label_0 = P(jpg_0 preferred): 0, 0.5 (tie), 1 or between
@@ -32,6 +33,7 @@ from PIL import Image
 
 from .. import rng
 from ..errors import DataError
+from . import tars
 from .images import MAX_BYTES
 from .spec import DataSpec
 
@@ -499,12 +501,15 @@ def source_path(spec: DataSpec, part: str) -> tuple[str, str]:
 
 def _records(spec: DataSpec, part: str) -> Iterator[tuple[int, str, Path | None, dict | DataError]]:
     path, split = source_path(spec, part)
-    table = _table(Path(path), split)
+    archives = tars.shards(path)
+    table = None if archives else _table(Path(path), split)
     root = Path(spec.image_root) if spec.image_root else table.parent if table else Path(path) if Path(path).is_dir() else None
     if root is not None and not os.path.isdir(root):  # Path.is_dir raises on a name that is too long
         raise DataError(f"data.image_root: {root} is no folder")
     root = None if root is None else root.resolve()
-    if table is not None and table.suffix == ".txt":
+    if archives:
+        records = _samples(archives)
+    elif table is not None and table.suffix == ".txt":
         records = _text_lines(table)
     elif table is not None and table.suffix in (".jsonl", ".ndjson", ".json"):
         records = _json_lines(table) if table.suffix != ".json" else _json_list(table)
@@ -580,29 +585,76 @@ def _json_list(path: Path) -> Iterator[tuple[str, dict | DataError]]:
         yield where, row if isinstance(row, dict) else DataError(f"{where}: an object is needed, got {type(row).__name__}")
 
 
-BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+BUILDERS = {".arrow": "arrow", ".csv": "csv"}
 
 
 def _library(path: str, table: Path | None, split: str, spec: DataSpec) -> Iterator[tuple[str, dict]]:
     """Parquet, Arrow, CSV, saved data sets and the hub through ``datasets``, pictures undecoded."""
+    files = [str(table)] if table else _guarded(path, lambda: _files(path, split, spec))
+    if files and files[0].endswith(".tar"):
+        yield from _samples(files)
+        return
     name = table.name if table else f"{path} ({split})"
-    rows = iter(_guarded(path, lambda: _open_library(path, table, split, spec)))
+    if files and files[0].endswith(".parquet"):
+        rows = _parquet(files)
+    else:
+        rows = iter(_guarded(path, lambda: _open_library(path, table, split, spec)))
     number = 0
     while (record := _guarded(f"{name} near row {number}", lambda: next(rows, None))) is not None:
         yield f"{name} row {number}", record
         number += 1
 
 
+def _samples(archives: list[str]) -> Iterator[tuple[str, dict | DataError]]:
+    for archive in archives:
+        where, rows = Path(archive).name, tars.records(archive)
+        while (found := _guarded(where, lambda rows=rows: next(rows, None))) is not None:
+            where = f"{found[0]}, or what follows it"
+            yield found
+
+
+def _is_hub(path: str) -> bool:
+    """Whether this may be a data set's id on the hub."""
+    return (re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) is not None
+            and Path(path).suffix not in (*BUILDERS, ".parquet", ".jsonl", ".json"))
+
+
+def _files(path: str, split: str, spec: DataSpec) -> list[str]:
+    """Tar shards that ``datasets`` finds in a folder or a hub data set, which it would decode, and parquet files in a folder,
+    which it would read ahead; else nothing."""
+    import datasets
+
+    folder = Path(path)
+    if not folder.is_dir() and not _is_hub(path):
+        return []
+    if folder.is_dir() and not any(file.suffix in (".tar", ".parquet") for file in folder.rglob("*")):
+        return []
+    found = datasets.load_dataset_builder(path, name=spec.name, revision=spec.revision).config.data_files or {}
+    kinds = {Path(file).suffix for files in found.values() for file in files}
+    if kinds == {".tar"} and split not in found:
+        raise DataError(f"{path}: has no split '{split}'; there are {', '.join(map(str, found))}")
+    return list(found.get(split, ())) if kinds == {".tar"} or kinds == {".parquet"} and folder.is_dir() else []
+
+
+def _parquet(files: list[str]) -> Iterator[dict]:
+    """A few rows at a time: ``datasets`` would have all that is left of a file in memory."""
+    import pyarrow.parquet as pq
+
+    for file in files:
+        with pq.ParquetFile(file, buffer_size=1 << 20) as source:
+            for group in range(source.num_row_groups):  # one by one: a reader of several has buffers for all from the start
+                for batch in source.iter_batches(16, row_groups=[group]):
+                    yield from batch.to_pylist()
+
+
 def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
     import datasets
-    import pyarrow.parquet as pq
 
     folder = Path(path)
     if table is not None:
         if table.suffix not in BUILDERS:
-            raise DataError(f"{path}: unknown kind of file; parquet, arrow, csv, json, jsonl and txt (prompts) are read")
-        if table.suffix == ".parquet" and pq.read_metadata(table).num_rows == 0:
-            return ()  # the library's reader fails on a table without row groups
+            raise DataError(f"{path}: unknown kind of file; parquet, arrow, csv, json, jsonl, tar and txt (prompts) are "
+                            "read")
         return _undecoded(datasets.load_dataset(BUILDERS[table.suffix], data_files=str(table), split="train",
                                                 streaming=True))
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
@@ -611,7 +663,7 @@ def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
         return _undecoded(saved.to_iterable_dataset())
     if folder.is_dir():
         return _undecoded(datasets.load_dataset(path, name=spec.name, split=split, streaming=True))
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) or folder.suffix in (*BUILDERS, ".jsonl", ".json"):
+    if not _is_hub(path):
         raise DataError(f"{path}: no such file or folder")
     found = datasets.load_dataset(path, name=spec.name, split=split, revision=spec.revision, streaming=spec.streaming)
     return _undecoded(found if spec.streaming else found.to_iterable_dataset())

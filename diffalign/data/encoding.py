@@ -1,21 +1,22 @@
 """Encoding once: pictures and prompts of a data set -> a cache; the trainer then loads no VAE and no text encoder.
 
-Rows are streamed; only the pictures of a batch are in memory. A row is taken whole or not at all. See cache.py for what lies
-where.
+Rows are streamed; only the pictures of a batch and a shard of records are in memory, and what was seen is in a ledger on the
+disk. A row is taken whole or not at all. See cache.py for what lies where.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -25,13 +26,16 @@ import pyarrow as pa
 from .. import rng
 from ..errors import DataError, ResourceError
 from . import buckets as shapes
-from .cache import UNCONDITIONAL, VERSION, Cache, prompt_key, short
+from .cache import INDEX, UNCONDITIONAL, VERSION, Cache, prompt_key, short
 from .columns import ImageRef, Row, Tally, nothing_left, read_rows, refuse_or_skip, source_path
 from .images import decode, pixels, probe
+from .ledger import Ledger
 from .spec import DataSpec
-from .store import Store, Writer, publish, sweep, write_aside
+from .store import Store, Writer, publish_batches, sweep, write_aside
+from .tars import shards
 
-TABLES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".ndjson")
+TABLES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".ndjson", ".tar")
+BLOCK = 4096  # rows of a table that are in memory while it is written
 LATENT_LIMIT = 1e3  # latents have unit variance; beyond this the VAE is broken, not the picture
 
 
@@ -106,12 +110,11 @@ def encode(spec: DataSpec, encoders_factory: Callable[[], object], *, cache_dir:
     barrier()
     for kind in ("failures", "looks"):  # not earlier: the others read them between the barriers
         job.heard(kind, job.rank).unlink(missing_ok=True)
-    return CacheReport(**{**report, "manifest": job.manifest, "seconds": time.monotonic() - started,
-                          "renewed": job.latents.corrupt + job.texts.corrupt})
+    return CacheReport(**{**report, "manifest": job.manifest, "seconds": time.monotonic() - started})
 
 
 class _Job:
-    """One call of ``encode``: its arguments, its stores and the name of its manifest."""
+    """One call of ``encode``: its arguments, where its stores lie and the name of its manifest."""
 
     def __init__(self, spec: DataSpec, part: str, seed: int, resolution: int, facts: Facts, folder: Path, rank: int,
                  world: int):
@@ -120,9 +123,7 @@ class _Job:
         self.mirrors = (False, True) if spec.random_flip else (False,)
         names = {kind: f"{kind}s-{short([VERSION, facts.identity[part_], spec.cache_dtype])}"
                  for kind, part_ in (("latent", "vae"), ("text", "text"))}
-        self.names = names
-        self.latents, self.texts = Store(folder / names["latent"]), Store(folder / names["text"])
-        self.sets = folder / "sets"
+        self.names, self.folder, self.sets = names, folder, folder / "sets"
         try:
             self.sets.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -164,40 +165,42 @@ class _Job:
 
 def _build(job: _Job, encoders: Callable, barrier: Callable[[], None], progress: bool) -> dict:
     """Scan and encode; then all processes look at all results and reach the same end."""
-    tally, groups = Tally(), _Groups()
-    work, looks = _Encoding(job, encoders), _looks(job, barrier)
-    fatal = None
-    try:
-        work.unconditional()
-        for row in _bar(read_rows(job.spec, tally, part=job.part, seed=job.seed), progress and job.rank == 0, job.part):
-            _take(row, job, work, groups, tally, looks)
-        work.finish()
-    except (DataError, ResourceError) as error:
-        fatal = error
-        if job.world == 1:
-            raise
-    write_aside(job.heard("failures", job.rank), json.dumps(
-        {"fatal": fatal and str(fatal), "failed": {key.hex(): why for key, why in work.failed.items()}}).encode())
-    barrier()
-    failed = _failures(job)
-    _drop_failed(job, groups, failed, tally)
-    if not len(groups):
-        raise nothing_left(job.spec, tally, job.part) if not groups.identical else DataError(
-            f"{source_path(job.spec, job.part)[0]}: no group is left; {groups.identical} hold the same picture twice")
-    report = _report(job, tally, groups, work)
-    if job.rank == 0:
-        _write_set(job, groups, report)
-    return report
+    with Ledger(job.sets) as ledger:
+        tally, work = Tally(), _Encoding(job, ledger, encoders)
+        _share_looks(job, ledger, barrier)
+        fatal = None
+        try:
+            work.unconditional()
+            for row in _bar(read_rows(job.spec, tally, part=job.part, seed=job.seed), progress and job.rank == 0, job.part):
+                _take(row, job, work, ledger, tally)
+            work.finish()
+        except (DataError, ResourceError) as error:
+            fatal = error
+            if job.world == 1:
+                raise
+        write_aside(job.heard("failures", job.rank), json.dumps(
+            {"fatal": fatal and str(fatal), "failed": {key.hex(): why for key, why in work.failed.items()}}).encode())
+        barrier()
+        _drop_failed(job, work, ledger, _failures(job), tally)
+        if not ledger.count("grouped"):
+            raise nothing_left(job.spec, tally, job.part) if not work.identical else DataError(
+                f"{source_path(job.spec, job.part)[0]}: no group is left; {work.identical} hold the same picture twice")
+        ledger.number()
+        report = _report(job, tally, ledger, work)
+        if job.rank == 0:
+            _write_set(job, ledger, work, report)
+        return {**report, "renewed": work.latents.corrupt + work.texts.corrupt}
 
 
-def _take(row: Row, job: _Job, work: _Encoding, groups: _Groups, tally: Tally, looks: dict[str, _Look]) -> None:
+def _take(row: Row, job: _Job, work: _Encoding, ledger: Ledger, tally: Tally) -> None:
     try:
-        found = [looks.get(str(ref.path)) or _Look.at(ref, job.spec.max_pixels) for ref in row.images]
-        groups.files.update((str(ref.path), look.stat) for ref, look in zip(row.images, found, strict=True)
-                            if ref.path is not None)
+        found = [_look(ref, job, ledger) for ref in row.images]
+        for ref, look in zip(row.images, found, strict=True):
+            if ref.path is not None:
+                ledger.file(ref.path, look.stat)
         hashes = [look.known(ref, "digest") for ref, look in zip(row.images, found, strict=True)]
         if len(hashes) > 1 and len(set(hashes)) == 1:
-            groups.identical += 1
+            work.identical += 1
             return
         sizes = [look.known(ref, "size") for ref, look in zip(row.images, found, strict=True)]
         bucket = shapes.nearest(sizes, job.buckets)
@@ -208,7 +211,8 @@ def _take(row: Row, job: _Job, work: _Encoding, groups: _Groups, tally: Tally, l
         refuse_or_skip(job.spec, tally, error)
         return
     work.prompt(row)
-    groups.add(row, bucket, pictures)
+    ledger.add(row.id, row.prompt, prompt_key(row.prompt), bucket, row.soft, row.where,
+               [(b"".join(picture.keys), picture.sizes) for picture in pictures], row.utility)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,26 +255,36 @@ class _Look:
         return content
 
 
-def _looks(job: _Job, barrier: Callable[[], None]) -> dict[str, _Look]:
-    """By path: several processes deal the files out, so that each is read for its hash and size by one of them only (and once
-    more by who encodes it). Pictures inside tables are looked at by all, who have them in memory. One process: nothing."""
+def _look(ref: ImageRef, job: _Job, ledger: Ledger) -> _Look:
+    """What another process, or this one, has seen; a look now where no process was told to."""
+    known = ledger.look(str(ref.path)) if job.world > 1 and ref.path is not None else None
+    if known is None:
+        return _Look.at(ref, job.spec.max_pixels)
+    size, changed, digest, height, width, problem = known
+    return _Look((size, changed), digest, None if height is None else (height, width), problem)
+
+
+def _share_looks(job: _Job, ledger: Ledger, barrier: Callable[[], None]) -> None:
+    """Several processes deal the files out, so that each is read for its hash and size by one of them only (and once more by
+    who encodes it). Pictures inside tables are looked at by all, who have them in memory. One process: nothing."""
     if job.world == 1:
-        return {}
-    mine: dict[str, list] = {}
+        return
     with suppress(DataError):  # of a table: it is raised when the rows are taken
         for row in read_rows(job.spec, Tally(), part=job.part, seed=job.seed):
             for ref in row.images:
                 name = str(ref.path)
-                if ref.path is not None and name not in mine and job.owns(hashlib.sha256(os.fsencode(name)).digest()):
+                if (ref.path is not None and job.owns(hashlib.sha256(os.fsencode(name)).digest())
+                        and ledger.look(name) is None):
                     look = _Look.at(ref, job.spec.max_pixels)
-                    mine[name] = [look.stat, look.digest and look.digest.hex(), look.size, look.problem]
-    write_aside(job.heard("looks", job.rank), json.dumps(mine).encode())
+                    ledger.add_look(name, *look.stat, look.digest, *(look.size or (None, None)), look.problem)
+    write_aside(job.heard("looks", job.rank), (
+        json.dumps([os.fsdecode(path), size, changed, digest and digest.hex(), *rest]).encode() + b"\n"
+        for path, size, changed, digest, *rest in ledger.looks()))
     barrier()
-    looks = {}
     for rank in range(job.world):
-        for name, (stat, digest, size, problem) in json.loads(job.heard("looks", rank).read_bytes()).items():
-            looks[name] = _Look(tuple(stat), digest and bytes.fromhex(digest), size and tuple(size), problem)
-    return looks
+        with job.heard("looks", rank).open("rb") as lines:
+            for name, size, changed, digest, *rest in map(json.loads, lines):
+                ledger.add_look(name, size, changed, digest and bytes.fromhex(digest), *rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,17 +306,23 @@ class _Picture:
                      .digest() for mirrored in job.mirrors)
         return cls(crop, bucket, keys, where)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """As ``Cache.size``."""
+        return (*self.crop.original, self.crop.top, self.crop.left, self.crop.left_flipped)
+
 
 class _Encoding:
-    """Queues what is missing and encodes it in batches. failed: key -> why, for records that must not be used."""
+    """Queues what is missing and encodes it in batches. failed: key -> why, for records that must not be used. identical:
+    groups of identical pictures."""
 
-    def __init__(self, job: _Job, encoders: Callable):
-        self.job, self.encoders, self.failed = job, encoders, {}
+    def __init__(self, job: _Job, ledger: Ledger, encoders: Callable):
+        self.job, self.ledger, self.encoders, self.failed, self.identical = job, ledger, encoders, {}, 0
+        self.latents, self.texts = (Store(job.folder / job.names[kind], kind, ledger) for kind in ("latent", "text"))
         batch = job.spec.encode_batch_size
-        self._latents, self._texts = Writer(job.latents, multiple=batch), Writer(job.texts, multiple=batch)
+        self._latents, self._texts = Writer(self.latents, multiple=batch), Writer(self.texts, multiple=batch)
         self._queue: dict[int, list] = {}  # bucket -> (key, pixels as uint8 picture, where)
         self._prompts: list[tuple[bytes, str, str]] = []
-        self._seen: set[bytes] = set()
         self.encoded_images = self.encoded_prompts = 0
         self._dtype = np.dtype(job.spec.cache_dtype)
 
@@ -311,14 +331,13 @@ class _Encoding:
         fresh = []
         for picture, content in zip(pictures, read, strict=True):
             wanted = [(key, mirrored) for key, mirrored in zip(picture.keys, self.job.mirrors, strict=True)
-                      if self._missing(key, self.job.latents)]
+                      if self._missing("latent", key)]
             if wanted:
                 image = self._decode(content(), picture)
                 fresh += [(picture.bucket, key, shapes.apply(image, picture.crop, mirrored), picture.where)
                           for key, mirrored in wanted]
         for bucket, key, image, where in fresh:
-            if key not in self._seen:  # the same picture twice in one row
-                self._seen.add(key)
+            if self.ledger.queue("latent", key):  # not the same picture twice in one row
                 queue = self._queue.setdefault(bucket, [])
                 queue.append((key, image, where))
                 if len(queue) >= self.job.spec.encode_batch_size:
@@ -333,14 +352,14 @@ class _Encoding:
 
     def prompt(self, row: Row) -> None:
         key = prompt_key(row.prompt)
-        if self._missing(key, self.job.texts):
-            self._seen.add(key)
+        if self._missing("text", key):
+            self.ledger.queue("text", key)
             self._prompts.append((key, row.prompt, row.where))
             if len(self._prompts) >= self.job.spec.encode_batch_size:
                 self._encode_prompts()
 
     def unconditional(self) -> None:
-        if self.job.rank == 0 and UNCONDITIONAL not in self.job.texts:
+        if self.job.rank == 0 and not self.ledger.knows("text", UNCONDITIONAL):
             tokens, pooled = self.encoders().unconditional()
             self._texts.add(UNCONDITIONAL, self._text(tokens, pooled, 0))
             self._texts.close()  # a shard of its own: the prompts' batches and shards begin together
@@ -352,8 +371,8 @@ class _Encoding:
         self._latents.close()
         self._texts.close()
 
-    def _missing(self, key: bytes, store: Store) -> bool:
-        return key not in store and key not in self._seen and self.job.owns(key)
+    def _missing(self, kind: str, key: bytes) -> bool:
+        return self.job.owns(key) and not self.ledger.knows(kind, key)
 
     def _encode_images(self, bucket: int) -> None:
         import torch
@@ -393,73 +412,6 @@ class _Encoding:
         self.failed[key] = why
 
 
-class _Groups:
-    """The groups found so far, in flat columns: some hundred bytes a group, whatever the size of the pictures."""
-
-    def __init__(self):
-        self.row, self.prompt, self.bucket, self.k = array("q"), array("i"), array("i"), array("i")
-        self.soft, self.image, self.utility = array("f"), array("i"), array("f")
-        self.images: dict[tuple[bytes, ...], int] = {}
-        self.crops: list[_Picture] = []
-        self.prompts: dict[str, int] = {}
-        self.files: dict[str, tuple[int, int]] = {}
-        self.where: list[str] = []
-        self.identical = 0
-        self.keep: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.row) if self.keep is None else int(self.keep.sum())
-
-    def add(self, row: Row, bucket: int, pictures: list[_Picture]) -> None:
-        self.row.append(row.id)
-        self.prompt.append(self.prompts.setdefault(row.prompt, len(self.prompts)))
-        self.bucket.append(bucket)
-        self.k.append(len(pictures))
-        self.soft.append(float("nan") if row.soft is None else row.soft)
-        self.utility.extend(row.utility)
-        self.where.append(row.where)
-        for picture in pictures:
-            number = self.images.setdefault(picture.keys, len(self.images))
-            if number == len(self.crops):
-                self.crops.append(picture)
-            self.image.append(number)
-
-    def tables(self, job: _Job) -> dict[str, pa.Table]:
-        """Only what the kept groups use, numbered anew in order of first use, so that the tables don't depend on bad rows."""
-        k, keep = np.frombuffer(self.k, "i4"), self.keep
-        member = np.repeat(keep, k)
-        images, image = _renumber(np.frombuffer(self.image, "i4")[member])
-        prompts, prompt = _renumber(np.frombuffer(self.prompt, "i4")[keep])
-        offsets = pa.array(np.concatenate([[0], np.cumsum(k[keep])]).astype("i4"))
-        texts, pictures = list(self.prompts), [self.crops[i] for i in images]
-        return {
-            "groups": pa.table({
-                "row": np.frombuffer(self.row, "i8")[keep], "prompt": prompt,
-                "bucket": np.frombuffer(self.bucket, "i4")[keep], "soft": np.frombuffer(self.soft, "f4")[keep],
-                "image": pa.ListArray.from_arrays(offsets, pa.array(image)),
-                "utility": pa.ListArray.from_arrays(offsets, pa.array(np.frombuffer(self.utility, "f4")[member]))}),
-            "images": pa.table({
-                "keys": pa.array([b"".join(p.keys) for p in pictures], pa.binary(32 * len(job.mirrors))),
-                "size": _pairs([(*p.crop.original, p.crop.top, p.crop.left, p.crop.left_flipped) for p in pictures], 5)}),
-            "prompts": pa.table({"text": pa.array([texts[i] for i in prompts], pa.large_string())}),
-            "files": pa.table({"path": pa.array([os.fsencode(p) for p in self.files], pa.large_binary()),
-                               "stat": _pairs(list(self.files.values()), 2)}),
-        }
-
-
-def _renumber(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values in order of first appearance, and the values as positions among them (int32)."""
-    distinct, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return distinct[order], rank[inverse.reshape(-1)].astype("i4")
-
-
-def _pairs(rows: list[tuple[int, ...]], width: int) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.array(rows, dtype="i8").reshape(-1)), width)
-
-
 def _failures(job: _Job) -> dict[str, str]:
     """key -> why, of all processes. Raises the first fatal one, the same on every rank."""
     failed = {}
@@ -472,56 +424,111 @@ def _failures(job: _Job) -> dict[str, str]:
     return failed
 
 
-def _drop_failed(job: _Job, groups: _Groups, failed: dict[str, str], tally: Tally) -> None:
+def _drop_failed(job: _Job, work: _Encoding, ledger: Ledger, failed: dict[str, str], tally: Tally) -> None:
     """A group lives only if all its records are in the cache."""
-    job.latents.refresh()
-    job.texts.refresh()
-    images = [all(key in job.latents for key in keys) for keys in groups.images]
-    prompts = [prompt_key(text) in job.texts for text in groups.prompts]
-    groups.keep = np.ones(len(groups.row), dtype=bool)
-    if all(images) and all(prompts):
-        return
-    keys, texts, start = list(groups.images), list(groups.prompts), 0
-    for i, k in enumerate(groups.k):
-        members = groups.image[start:start + k]
-        start += k
-        lost = [key for member in members if not images[member] for key in keys[member]]
-        lost += [] if prompts[groups.prompt[i]] else [prompt_key(texts[groups.prompt[i]])]
-        if lost:
-            groups.keep[i] = False
-            why = next((failed[key.hex()] for key in lost if key.hex() in failed), "could not be decoded or encoded")
-            refuse_or_skip(job.spec, tally, DataError(why if why.startswith(groups.where[i]) else f"{groups.where[i]}: {why}"))
+    work.latents.refresh()
+    work.texts.refresh()
+    for number, keys in ledger.pictures():
+        if None in _places(ledger, keys):
+            ledger.lose("picture", number)
+    for number, key in ledger.prompts():
+        if ledger.place("text", key) is None:
+            ledger.lose("prompt", number)
+    for owner, name in ledger.lost():
+        lost = [key for keys in ledger.lost_keys(owner) for key in _split(keys)]
+        why = next((failed[key.hex()] for key in lost if key.hex() in failed), "could not be decoded or encoded")
+        refuse_or_skip(job.spec, tally, DataError(why if why.startswith(name) else f"{name}: {why}"))
+        ledger.drop(owner)
 
 
-def _report(job: _Job, tally: Tally, groups: _Groups, work: _Encoding) -> dict:
-    tables = groups.tables(job)
-    return {"part": job.part, "layout": tally.layout, "rows": tally.rows, "groups": len(groups), "ties": tally.ties,
-            "ties_are": {"drop": "dropped", "soft": "kept as soft labels", "refuse": "refused"}[job.spec.ties],
-            "identical": groups.identical, "unlabelled": tally.unlabelled, "bad_rows": tally.bad_rows, "bad": tally.bad,
-            "images": len(tables["images"]), "prompts": len(tables["prompts"]),
+def _split(keys: bytes) -> list[bytes]:
+    return [keys[i:i + 32] for i in range(0, len(keys), 32)]
+
+
+def _places(ledger: Ledger, keys: bytes) -> list[tuple[int, int] | None]:
+    """(shard, row) of a picture's latent, and of the mirrored one where the recipe flips."""
+    return [ledger.place("latent", key) for key in _split(keys)]
+
+
+def _report(job: _Job, tally: Tally, ledger: Ledger, work: _Encoding) -> dict:
+    return {"part": job.part, "layout": tally.layout, "rows": tally.rows, "groups": ledger.count("grouped"),
+            "ties": tally.ties, "ties_are": {"drop": "dropped", "soft": "kept as soft labels",
+                                             "refuse": "refused"}[job.spec.ties],
+            "identical": work.identical, "unlabelled": tally.unlabelled, "bad_rows": tally.bad_rows, "bad": tally.bad,
+            "images": ledger.count("used_picture"), "prompts": ledger.count("used_prompt"),
             "encoded_images": work.encoded_images, "encoded_prompts": work.encoded_prompts}
 
 
-def _write_set(job: _Job, groups: _Groups, report: dict) -> None:
-    tables = groups.tables(job)
+def _write_set(job: _Job, ledger: Ledger, work: _Encoding, report: dict) -> None:
+    """The tables, in blocks, then the manifest."""
+    unconditional = ledger.place("text", UNCONDITIONAL)
+    used = {"latent": {shard for keys, *_ in ledger.used_pictures() for shard, _ in _places(ledger, keys)},
+            "text": {unconditional[0], *(ledger.place("text", key)[0] for _, key in ledger.used_prompts())}}
+    # by name, so that a build which was killed writes the same tables as one that was not
+    shards = {kind: sorted(used[kind], key=store.names.__getitem__)
+              for kind, store in (("latent", work.latents), ("text", work.texts))}
+    number = {kind: {shard: i for i, shard in enumerate(shards[kind])} for kind in shards}
+
+    def renumbered(kind: str, places: list[tuple[int, int]]) -> list[int]:
+        return [value for shard, row in places for value in (number[kind][shard], row)]
+
+    rows = {
+        "groups": (asdict(group) for bucket in range(len(job.buckets)) for group in ledger.groups(bucket)),
+        "images": ({"place": renumbered("latent", _places(ledger, keys)), "size": size}
+                   for keys, *size in ledger.used_pictures()),
+        "prompts": ({"text": text, "place": renumbered("text", [ledger.place("text", key)])}
+                    for text, key in ledger.used_prompts()),
+        "files": ({"path": path, "stat": stat} for path, *stat in ledger.files())}
+    tables = {name: publish_batches(schema, _blocks(rows[name], schema), job.sets, f"{name}-").name
+              for name, schema in _schemas(len(job.mirrors)).items()}
     content = {
-        "version": VERSION, "identity": _identity(job, tables), "family": job.facts.family,
-        "spatial_factor": job.facts.spatial_factor, "buckets": job.buckets, "mirrored": len(job.mirrors) > 1,
-        "stores": job.names, "report": report,
-        "tables": {name: publish(table, job.sets, f"{name}-").name for name, table in tables.items()}}
+        "version": VERSION, "index": INDEX, "identity": _identity(job, ledger), "family": job.facts.family,
+        "spatial_factor": job.facts.spatial_factor, "buckets": job.buckets, "sizes": ledger.sizes(len(job.buckets)),
+        "mirrored": len(job.mirrors) > 1, "k": ledger.largest(), "soft": ledger.soft(), "stores": job.names,
+        "shards": {kind: [store.names[shard] for shard in shards[kind]]
+                   for kind, store in (("latent", work.latents), ("text", work.texts))},
+        "unconditional": renumbered("text", [unconditional]), "report": report, "tables": tables}
     content["sha256"] = short(content, 64)
     write_aside(job.manifest, json.dumps(content, indent=1).encode())
 
 
-def _identity(job: _Job, tables: dict[str, pa.Table]) -> str:
-    """Hash of everything training reads: which records, in which order, with which labels. Paths and dates don't count."""
+def _schemas(latents: int) -> dict[str, pa.Schema]:
+    """latents: of a picture, 2 where it is also held mirrored."""
+    whole, number = pa.int64(), pa.int32()
+    return {
+        "groups": pa.schema({"row": whole, "bucket": number, "prompt": number, "images": pa.list_(number),
+                             "utility": pa.list_(pa.float32()), "soft": pa.float32()}),
+        "images": pa.schema({"place": pa.list_(number, 2 * latents), "size": pa.list_(whole, 5)}),
+        "prompts": pa.schema({"text": pa.large_string(), "place": pa.list_(number, 2)}),
+        "files": pa.schema({"path": pa.large_binary(), "stat": pa.list_(whole, 2)})}
+
+
+def _blocks(rows: Iterator[dict], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    while block := list(islice(rows, BLOCK)):
+        yield pa.RecordBatch.from_pylist(block, schema)
+
+
+def _identity(job: _Job, ledger: Ledger) -> str:
+    """Hash of everything training reads: which records, in which order, with which labels. Paths and dates don't count.
+
+    Column by column, as tables were hashed that lay in memory: the identity of a data set is in its checkpoints.
+    """
     digest = hashlib.sha256(json.dumps([job.names, job.facts.family, job.buckets]).encode())
-    for name in ("groups", "images", "prompts"):
-        for column in tables[name].column_names:
-            values = tables[name][column].to_pylist()
-            digest.update(f"{name}.{column}:{len(values)}".encode())
-            for value in values:
-                digest.update(value if isinstance(value, bytes) else repr(value).encode())
+
+    def column(name: str, count: int, values: Iterable) -> None:
+        digest.update(f"{name}:{count}".encode())
+        for value in values:
+            digest.update(value if isinstance(value, bytes) else repr(value).encode())
+
+    groups, images, prompts = (ledger.count(table) for table in ("grouped", "used_picture", "used_prompt"))
+    for name in ("row", "prompt", "bucket"):
+        column(f"groups.{name}", groups, (getattr(group, name) for group in ledger.groups()))
+    column("groups.soft", groups, (math.nan if group.soft is None else group.soft for group in ledger.groups()))
+    column("groups.image", groups, (list(group.images) for group in ledger.groups()))
+    column("groups.utility", groups, (list(group.utility) for group in ledger.groups()))
+    column("images.keys", images, (keys for keys, *_ in ledger.used_pictures()))
+    column("images.size", images, (size for _, *size in ledger.used_pictures()))
+    column("prompts.text", prompts, (text for text, _ in ledger.used_prompts()))
     return digest.hexdigest()
 
 
@@ -550,6 +557,8 @@ def _source(spec: DataSpec, part: str) -> tuple[list, bool]:
         if local.is_dir():
             tables = sorted(path for path in local.rglob("*") if path.suffix in TABLES)
             return [str(local.resolve()), split, [[str(p.relative_to(local)), *_stat(p)] for p in tables]], True
+        if archives := shards(path):
+            return [[str(Path(name).resolve()), *_stat(Path(name))] for name in archives], True
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     commit = _commit(path, spec.revision)

@@ -54,8 +54,8 @@ class Offline:
     def prompts(self, step: int) -> list[list[str]]:
         """The prompts of ``take(step)``, by micro-batch."""
         place = self.order.at(step).part(self.rank, self.world)
-        members = self.cache.members[place.bucket]
-        return [[self.cache.prompt(self.cache.group(int(i)).prompt) for i in members[micro.rows]]
+        start = self.cache.members[place.bucket].start
+        return [[self.cache.prompt(self.cache.group(int(i)).prompt) for i in start + micro.rows]
                 for micro in place.micro_batches(self.micro_batches)]
 
     def unconditional(self) -> Cond:
@@ -72,7 +72,7 @@ class Offline:
         return [self._batch(micro) for micro in place.micro_batches(self.micro_batches)]
 
     def _batch(self, place: Place) -> Batch:
-        batch = self._assemble(self.cache.members[place.bucket][place.rows], place.visits, place.places)
+        batch = self._assemble(self.cache.members[place.bucket].start + place.rows, place.visits, place.places)
         if self.reference is None:
             return batch
         return replace(batch, reference_error=self.reference.read(place.places, batch.key))
@@ -142,7 +142,7 @@ class _Assembler:
         ids = torch.zeros(len(groups), self.cache.k, 6)
         for b, group in enumerate(groups):
             for k, image in enumerate(group.images):
-                height, width, top, left, left_flipped = self.cache.sizes[image].tolist()
+                height, width, top, left, left_flipped = self.cache.size(image)
                 ids[b, k] = torch.tensor([height, width, top, left_flipped if flip[b] else left,
                                           *self.cache.buckets[group.bucket]], dtype=torch.float32)
         return ids

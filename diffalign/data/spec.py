@@ -18,7 +18,8 @@ def check_side(name: str, pixels: int | None) -> None:
 class DataSpec:
     """Preference data and how it becomes latents.
 
-    path: parquet, CSV, JSON or JSONL file, folder, or hub data set id. layout: "auto" detects it from the columns.
+    path: parquet, CSV, JSON or JSONL file, tar shards (one, shards-{000..099}.tar or a pattern with *), folder, or hub data
+    set id. layout: "auto" detects it from the columns.
     image_root: folder that paths inside the data set are relative to; null is the data file's own. No path may leave it.
     streaming: read a hub data set without storing it (local files are always streamed). max_train_samples: groups taken
     from the front, counted after ties are dropped and before validation_share is set apart.

@@ -2,8 +2,8 @@
 
 A shard is one Arrow IPC file, memory-mapped, read without copying. Its name holds its own size and SHA-256, so a shard says
 by itself whether it is whole; it is written aside, flushed to the disk and renamed, so two processes that build the same
-store at once at worst do the same work twice. Sizes are checked at every opening, hashes too while the store is below 4 GiB,
-and every record carries a CRC-32 that is checked when a process first reads it. A shard that fails is renamed to
+store at once at worst do the same work twice. Sizes are checked at every opening, hashes too while the shards are below
+4 GiB, and every record carries a CRC-32 that is checked when a process first reads it. A shard that fails is renamed to
 ``.corrupt`` and reported: its records are then missing, and encoded again.
 """
 
@@ -15,17 +15,22 @@ import os
 import time
 import uuid
 import zlib
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from ..errors import DataError, ResourceError
 
+if TYPE_CHECKING:
+    from .ledger import Ledger
+
 SHARD_BYTES = 32 << 20
+SHARD_RECORDS = 4096  # so that a shard which waits to be written takes about its own bytes, however small its records
 FULL_CHECK_BYTES = 4 << 30
-KEY = np.dtype("S32")  # of SHA-256's 32 bytes, which compare as such
 OPEN_SHARDS = 256  # each holds a file handle
 _hashed: set[tuple[str, int, int]] = set()  # files this process has hashed, as (path, size, time of change)
 STALE_SECONDS = 3600
@@ -33,38 +38,53 @@ STALE_SECONDS = 3600
 
 def publish(table: pa.Table, folder: Path, prefix: str = "") -> Path:
     """Write ``table`` as one record batch, named after its content. Raises ResourceError when the disk is full."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    content = sink.getvalue()
-    path = folder / f"{prefix}{hashlib.sha256(content).hexdigest()[:32]}-{content.size}.arrow"
-    if not intact(path):
-        write_aside(path, content)
-    return path
+    return publish_batches(table.schema, table.combine_chunks().to_batches(), folder, prefix)
+
+
+def publish_batches(schema: pa.Schema, batches: Iterable[pa.RecordBatch], folder: Path, prefix: str = "") -> Path:
+    """The same of a table that need not fit into memory: one batch after the other."""
+    def fill(file: BinaryIO) -> None:
+        with pa.ipc.new_file(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+
+    def named(aside: Path) -> Path:
+        return folder / f"{prefix}{sha256(aside).hexdigest()[:32]}-{aside.stat().st_size}.arrow"
+    return _write(folder, fill, named, "the cache", "set data.cache_dir to another disk")
 
 
 def write_aside(path: Path, content, what: str = "the cache", where_else: str = "set data.cache_dir to another disk") -> None:
     """Temporary name, fsync, rename, fsync of the folder: under its final name a file is whole or absent.
 
-    Raises ResourceError; what, where_else: how it calls what could not be written, and the other way out.
+    content: bytes, or an iterable of them. Raises ResourceError; what, where_else: how it calls what could not be written,
+    and the other way out.
     """
-    aside = path.parent / f".tmp-{uuid.uuid4().hex}"
+    parts = [content] if isinstance(content, bytes) else content
+    _write(path.parent, lambda file: file.writelines(parts), lambda aside: path, what, where_else)
+
+
+def _write(folder: Path, fill: Callable[[BinaryIO], None], named: Callable[[Path], Path], what: str, where_else: str) -> Path:
+    """fill: writes the file. named: its final name, when it is written."""
+    aside = folder / f".tmp-{uuid.uuid4().hex}"
     try:
         with aside.open("wb") as file:
-            file.write(content)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
+        path = named(aside)
         os.replace(aside, path)
-        handle = os.open(path.parent, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
     except OSError as error:
+        raise ResourceError(f"{folder}: cannot write {what} ({error.strerror or error}); free some space "
+                            f"or {where_else}") from None
+    finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise ResourceError(f"{path.parent}: cannot write {what} ({error.strerror}); free some space "
-                            f"or {where_else}") from None
+    return path
 
 
 def intact(path: Path, full: bool = True) -> bool:
@@ -107,78 +127,68 @@ def _size(path: Path) -> int:
         return 0
 
 
-class Store:
-    """One kind of record (latents, or text embeddings) of one encoder identity. corrupt: names of shards found damaged."""
+class Shards:
+    """Records of some shards, by their places (shard, row). names: of the shards, in the order in which places count them."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.corrupt = folder, []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ResourceError(f"{folder}: cannot make the cache folder ({error.strerror}); set data.cache_dir") from None
-        self._shards: list[Path] = []
-        self._keys, self._places = np.zeros(0, KEY), np.zeros((0, 2), np.int32)  # sorted; (shard, row) of each
+    def __init__(self, folder: Path, names: Sequence[str]):
+        self.paths = [folder / name for name in names]
         self._checked: dict[int, np.ndarray] = {}
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open)
-        sweep(folder)
-        self.refresh()
 
-    def refresh(self) -> None:
-        """Take in the shards that were written since, by whomever."""
-        known = set(self._shards)
-        fresh = [path for path in sorted(self.folder.glob("*.arrow")) if path not in known]
-        full = sum(map(_size, fresh)) <= FULL_CHECK_BYTES
-        keys, places = [self._keys], [self._places]
-        for path in fresh:
-            if not intact(path, full):
-                self._reject(path)
-                continue
-            number = len(self._shards)
-            self._shards.append(path)
-            found = self._open(number)["key"]
-            keys.append(np.ascontiguousarray(found).view(KEY).reshape(-1))
-            places.append(np.stack([np.full(len(found), number), np.arange(len(found))], 1).astype(np.int32))
-        if len(keys) > 1:  # arrays: a dictionary would take some ten times the memory
-            self._keys, first = np.unique(np.concatenate(keys), return_index=True)
-            self._places = np.concatenate(places)[first]  # of a record that lies in two shards, the earlier
+    def damaged(self) -> list[str]:
+        """Names of the shards that are gone or not whole; a flipped bit is seen here while all are below 4 GiB, else when its
+        record is read."""
+        full = sum(map(_size, self.paths)) <= FULL_CHECK_BYTES
+        return [path.name for path in self.paths if not intact(path, full)]
 
-    def __contains__(self, key: bytes) -> bool:
-        at = np.searchsorted(self._keys, np.frombuffer(key, KEY))[0]
-        return at < len(self._keys) and bool(self._keys[at] == np.frombuffer(key, KEY)[0])
-
-    def places(self, keys: np.ndarray) -> np.ndarray:
-        """[N] of 32 bytes each -> [N, 2] int32 (shard, row), to read records by. Raises KeyError when one is not there."""
-        at = np.searchsorted(self._keys, keys)
-        if not len(self._keys) or not (self._keys[np.minimum(at, len(self._keys) - 1)] == keys).all():
-            raise KeyError("a record is not in the store")
-        return self._places[at]
-
-    def read(self, place: np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, shard: int, row: int) -> dict[str, np.ndarray]:
         """The record's tensors as read-only views of the mapped file. Raises DataError naming a damaged shard."""
-        shard, row = place.tolist()
         arrays = self._open(shard)
         checked = self._checked.setdefault(shard, np.zeros(len(arrays["key"]), dtype=bool))
         record = {name: array[row] for name, array in arrays.items() if name not in ("key", "crc")}
         if not checked[row]:
             if _crc(arrays["key"][row].tobytes(), record) != arrays["crc"][row]:
-                self._reject(self._shards[shard])
-                raise DataError(f"{self._shards[shard]}: this part of the cache is damaged and has been set aside; "
+                _set_aside(self.paths[shard])
+                raise DataError(f"{self.paths[shard]}: this part of the cache is damaged and has been set aside; "
                                 "run the same command again, only this part is encoded anew")
             checked[row] = True
         return record
 
     def _open(self, number: int) -> dict[str, np.ndarray]:
-        with pa.memory_map(str(self._shards[number])) as source:
-            return _arrays(pa.ipc.open_file(source).get_batch(0))
+        return _open_shard(self.paths[number])
 
-    def _reject(self, path: Path) -> None:
-        self.corrupt.append(path.name)
-        with contextlib.suppress(OSError):
-            os.replace(path, path.with_suffix(".corrupt"))
+
+class Store:
+    """All records of one kind ("latent" or "text") of one encoder identity; the ledger knows where each lies.
+
+    names: of the whole shards. corrupt: names of those found damaged, which are set aside.
+    """
+
+    def __init__(self, folder: Path, kind: str, ledger: Ledger):
+        self.folder, self.kind, self.ledger, self.names, self.corrupt = folder, kind, ledger, [], []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"{folder}: cannot make the cache folder ({error.strerror}); set data.cache_dir") from None
+        sweep(folder)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in the shards that were written since, by whomever."""
+        known = set(self.names)
+        fresh = [path for path in sorted(self.folder.glob("*.arrow")) if path.name not in known]
+        full = sum(map(_size, fresh)) <= FULL_CHECK_BYTES
+        for path in fresh:
+            if intact(path, full):
+                self.ledger.store(self.kind, len(self.names), _open_shard(path)["key"])
+                self.names.append(path.name)
+            else:
+                self.corrupt.append(path.name)
+                _set_aside(path)
 
 
 class Writer:
-    """Collects records and publishes them in shards of about 32 MiB, one tensor shape a shard.
+    """Collects records and publishes them in shards of about 32 MiB or some 4096 records, one tensor shape a shard.
 
     multiple: shards hold a multiple of this many records (the encoding batch), so that a build which was killed goes on
     with the same batches, hence the same bytes, as one that was not.
@@ -193,7 +203,7 @@ class Writer:
         waiting = self._waiting.setdefault(shape, [])
         waiting.append((key, record))
         size = sum(array.nbytes for array in record.values())
-        if len(waiting) >= max(1, self.shard_bytes // size // self.multiple) * self.multiple:
+        if len(waiting) >= max(1, min(self.shard_bytes // size, SHARD_RECORDS) // self.multiple) * self.multiple:
             self._flush(shape)
 
     def close(self) -> None:
@@ -216,6 +226,16 @@ def _table(records: list[tuple[bytes, dict[str, np.ndarray]]]) -> pa.Table:
         columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), example.size)
         fields.append(pa.field(name, columns[name].type, metadata={"shape": ",".join(map(str, example.shape))}))
     return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields))
+
+
+def _open_shard(path: Path) -> dict[str, np.ndarray]:
+    with pa.memory_map(str(path)) as source:
+        return _arrays(pa.ipc.open_file(source).get_batch(0))
+
+
+def _set_aside(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.replace(path, path.with_suffix(".corrupt"))
 
 
 def _arrays(batch: pa.RecordBatch) -> dict[str, np.ndarray]:

@@ -43,7 +43,7 @@ class Texts:
 
     def __init__(self, groups: list[Group], end_id: int, report: dict):
         self._groups, self.end_id, self.report = groups, end_id, report
-        self.members = [np.arange(len(groups))]
+        self.members = [range(len(groups))]
         self.k = max(len(group.answers) for group in groups)
         self.soft = any(group.soft is not None for group in groups)
         lengths = [len(answer) for group in groups for answer in group.answers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from diffalign.data import ledger
 from diffalign.data.buckets import apply, plan
-from diffalign.data.cache import Cache
+from diffalign.data.cache import Cache, short
 from diffalign.data.columns import ImageRef
 from diffalign.data.encoding import encode
 from diffalign.data.images import decode, pixels
@@ -68,7 +70,7 @@ def test_the_cache_holds_what_the_encoders_say(tmp_path):
         np.testing.assert_array_equal(pooled, want[1][0].numpy())
     assert not cache.unconditional()[0].any()
     # 40 x 20 to 16 x 16: scaled to 32 x 16, (32 - 16)/2 = 8 columns cut on the left
-    assert cache.sizes[cache.groups[1].images[0]].tolist() == [20, 40, 0, 8, 8]
+    assert cache.size(cache.groups[1].images[0]) == [20, 40, 0, 8, 8]
 
 
 def test_everything_is_encoded_once(tmp_path):
@@ -127,6 +129,68 @@ def test_identity_is_of_the_content(tmp_path):
     one = build(pairs(tmp_path / "a"), tmp_path / "a")[0]
     two = build(pairs(tmp_path / "b", name="other.jsonl"), tmp_path / "b", encode_batch_size=3)[0]
     assert Cache(one.manifest).identity == Cache(two.manifest).identity
+
+
+@pytest.mark.parametrize("options,identity", [
+    ({}, "de507f4d91eca00a5cd03060469f46fc83cb8680acf4133a93c94cc786e8d304"),
+    ({"aspect_ratio_buckets": True, "random_flip": True}, "5b848386cb6bb70565c2256036014cd24e3e45df6e3fe86d7b248405eee5866d")])
+def test_identities_stay(tmp_path, options, identity):
+    """Computed by the version whose index lay in memory: checkpoints hold them. Two shapes, and a row that is left out."""
+    path = pairs(tmp_path, 8, sizes=((16, 16), (32, 16)))
+    (tmp_path / "pictures" / "chosen4.png").write_bytes(b"junk")
+    cache = Cache(build(path, tmp_path, bad_rows="skip", **options)[0].manifest)
+    assert (len(cache), cache.identity) == (7, identity)
+    rows = [[cache.groups[i].row for i in members] for members in cache.members if members]
+    assert rows == ([[0, 2, 6], [1, 3, 5, 7]] if options else [[0, 1, 2, 3, 5, 6, 7]])
+
+
+def test_the_identity_of_lists_and_soft_labels_stays(tmp_path):
+    for name in "xyz":
+        (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
+    path = jsonl(tmp_path / "t.jsonl", [{"prompt": "p", "images": ["x.png", "y.png"], "scores": [1, 1]},
+                                        {"prompt": "ü", "images": ["x.png", "y.png", "z.png"], "scores": [1, 0.1, 3]}])
+    cache = Cache(build(path, tmp_path, ties="soft")[0].manifest)
+    assert cache.identity == "dc29a59989e74cb2db04ce8786f65b4192f6b062c43d01cdc0b03f78f6518636"
+    assert [(group.soft, len(group.utility)) for group in cache.groups] == [(0.5, 2), (None, 3)]
+    assert (cache.k, cache.soft) == (3, True)
+
+
+def test_an_older_index_is_built_anew_and_nothing_encoded(tmp_path):
+    path = pairs(tmp_path)
+    report, _ = build(path, tmp_path)
+    content = json.loads(report.manifest.read_text())
+    del content["sha256"], content["index"], content["shards"]
+    report.manifest.write_text(json.dumps({**content, "sha256": short(content, 64)}))
+    with pytest.raises(DataError, match="no whole cache manifest; run the same command again to build it"):
+        Cache(report.manifest)
+    again, encoders = build(path, tmp_path, encoders=ToyEncoders())
+    assert encoders.calls == [] and Cache(again.manifest).identity == content["identity"]
+
+
+def test_damage_in_the_shards_of_another_set_does_not_matter(tmp_path):
+    """Two data sets in one store: a set looks at its own shards alone."""
+    (tmp_path / "other").mkdir()
+    first = build(pairs(tmp_path), tmp_path)[0]
+    own = set((tmp_path / "cache").glob("latents-*/*.arrow"))
+    other = jsonl(tmp_path / "other.jsonl", [{"prompt": "p", "chosen": "v.png", "rejected": "w.png"}])
+    for name in "vw":
+        (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
+    second = build(other, tmp_path)[0]
+    (victim,) = set((tmp_path / "cache").glob("latents-*/*.arrow")) - own
+    victim.write_bytes(b"")
+    assert Cache(first.manifest).latent(0)
+    with pytest.raises(DataError, match=victim.name):
+        Cache(second.manifest)
+    assert build(other, tmp_path)[0].renewed == [victim.name]
+
+
+def test_a_full_disk_while_rows_are_noted(tmp_path, monkeypatch):
+    path, setup = pairs(tmp_path, 100), ledger._SETUP
+    for pages in (4, 30):  # too few for the tables, or for the rows
+        monkeypatch.setattr(ledger, "_SETUP", f"PRAGMA max_page_count={pages};" + setup)
+        with pytest.raises(ResourceError, match="cannot write the cache .database or disk is full.; free some space or set"):
+            build(path, tmp_path, encoders=ToyEncoders())
+        assert not list((tmp_path / "cache" / "sets").iterdir())
 
 
 def test_float16(tmp_path):
@@ -355,8 +419,12 @@ def test_a_killed_build_goes_on(tmp_path, monkeypatch):
         written = len(list((tmp_path / "cache").glob("latents-*/*.arrow")))
         assert not list((tmp_path / "cache").glob("sets/*.json"))  # no manifest before the end
     assert 18 <= written < 30
+    left = list((tmp_path / "cache" / "sets").glob(".tmp-*"))
+    assert len(left) == 3  # what the killed ones had noted; swept away once no other build can be at it
+    for file in left:
+        os.utime(file, (0, 0))
     report, encoders = build(path, tmp_path, encoders=ToyEncoders())
-    assert report.encoded_images == 120 - 4 * written
+    assert report.encoded_images == 120 - 4 * written and not list((tmp_path / "cache" / "sets").glob(".tmp-*"))
     latents = [{path.name for path in (tmp_path / base / "cache").glob("latents-*/*.arrow")} for base in ("", "clean")]
     assert latents[0] == latents[1] and len(latents[0]) == 30  # names are hashes of the content
 
@@ -383,4 +451,6 @@ def test_the_cache_folder_cannot_be_made(tmp_path):
 def test_stores_see_each_other(tmp_path):
     build(pairs(tmp_path), tmp_path)
     (folder,) = (tmp_path / "cache").glob("latents-*")
-    assert len(Store(folder)._places) == 12
+    with ledger.Ledger(tmp_path) as known:
+        assert len(Store(folder, "latent", known).names) == 1 and known.count("latent") == 12
+    assert not list(tmp_path.glob(".tmp-*"))

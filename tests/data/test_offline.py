@@ -183,7 +183,8 @@ def test_validation_share(tmp_path):
     path = pairs(tmp_path, 40, prompts=20)
     train, held = (Cache(build(path, tmp_path, part=part, validation_share=0.3)[0].manifest)
                    for part in ("train", "validation"))
-    assert len(train) + len(held) == 40 and not train.prompts() & held.prompts()
+    prompts = [{cache.prompt(group.prompt) for group in cache.groups} for cache in (train, held)]
+    assert len(train) + len(held) == 40 and not prompts[0] & prompts[1] and all(prompts)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])

@@ -1,0 +1,139 @@
+"""Tar shards in WebDataset's form -> records with the columns that ``columns.py`` knows.
+
+The files of a sample follow one another and share their name up to its first dot, its key; the rest of the name says what a
+file holds:
+
+    0007.jpg_0.jpg, 0007.jpg_1                pictures: jpg_0, jpg_1, chosen, rejected; image, or no name at all (0007.jpg)
+    0007.label_0.txt, 0007.caption            text: any other column; the prompt may have no name (0007.txt), a label 0007.cls
+    0007.json                                 an object, whose entries are columns of the sample
+
+``datasets`` reads the archive; its decoders are not used, since they open what may be a pickle. Nothing is written to the
+disk, so names in an archive lead nowhere. Files of other kinds are passed over unread, and a kind that can hold a pickle is
+refused before a byte of it is read.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import DataError
+from .images import MAX_BYTES
+
+PICTURES = ("jpg_0", "jpg_1", "chosen", "rejected", "image")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "wav")  # and clips, which are files as pictures are
+TEXTS = ("txt", "text", "cls")
+OBJECTS = ("json", "jsn")
+BARE = (*PICTURES, "prompt", "caption", "text", "original_prompt", "label", "label_0", "label_1", "score_0", "score_1", "user",
+        "user_id")  # what needs no further ending
+NAMES = {"txt": "text", "cls": "label", "original_prompt": "prompt", **dict.fromkeys(IMAGES, "image")}
+PICKLES = ("pickle", "pkl", "pck", "pyd", "pth", "pt", "ckpt", "bin", "joblib", "npy", "npz")
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def shards(path: str) -> list[str] | None:
+    """The local archives that ``path`` names, in order: a file, a glob pattern, or WebDataset's range of numbers in braces;
+    None when it names no archive. Raises DataError for one that is not there."""
+    if not path.endswith(".tar"):
+        return None
+    names = []
+    for name in _expanded(path):
+        found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+        if not found:
+            raise DataError(f"{name}: no such file")
+        names += found
+    return names
+
+
+def _expanded(path: str) -> Iterator[str]:
+    """Braces as webdataset's: {00..12} keeps the zeros in front."""
+    found = BRACES.search(path)
+    if found is None:
+        yield path
+        return
+    first, last = found.groups()
+    for number in range(int(first), int(last) + 1):
+        yield from _expanded(f"{path[:found.start()]}{number:0{len(first)}d}{path[found.end():]}")
+
+
+def records(path: str) -> Iterator[tuple[str, dict | DataError]]:
+    """(name of the sample, for messages; its columns or what is wrong with it) of one archive. Raises what ``datasets`` and
+    tarfile raise for a broken one, and DataError for a file that may be a pickle."""
+    key, columns = None, {}
+    for sample, field, content in _files(path):
+        if sample != key and columns:
+            yield _finished(path, key, columns)
+            columns = {}
+        key = sample
+        if field in columns:
+            raise DataError(f"{_where(path, key)}: two files called '{field}'")
+        columns[field] = content
+    if columns:
+        yield _finished(path, key, columns)
+
+
+def _files(path: str) -> Iterator[tuple[str, str, bytes]]:
+    """(key, rest of the name, content) of the files that are looked into."""
+    from datasets import StreamingDownloadManager
+
+    for name, file in StreamingDownloadManager().iter_archive(path):
+        folder, slash, base = name.rpartition("/")
+        key, dot, field = base.partition(".")
+        *_, kind = field.lower().split(".")
+        if not key or not dot:
+            continue
+        if kind in PICKLES:
+            raise DataError(f"{Path(path).name}: holds {name[:200]}, and .{kind} can be a pickle, which may run anything when "
+                            "it is opened; write the shards without such files")
+        if kind not in (*IMAGES, *TEXTS, *OBJECTS) and field not in BARE:
+            continue
+        content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise DataError(f"{_where(path, folder + slash + key)}: {field} is larger than 1 GiB, which is no picture")
+        yield folder + slash + key, field, content
+
+
+def _where(path: str, key: str) -> str:
+    return f"{Path(path).name} sample {key[:200]}"
+
+
+def _finished(path: str, key: str, files: dict[str, bytes]) -> tuple[str, dict | DataError]:
+    """The columns of a sample: of its JSON, then of its own files, which win."""
+    where, columns, own = _where(path, key), {}, {}
+    try:
+        for field, content in files.items():
+            name, _, kind = field.rpartition(".")
+            if kind.lower() in OBJECTS:
+                columns.update(_object(content, field))
+            else:
+                own.update([_column(name, kind, content, field)])
+    except ValueError as error:
+        return where, DataError(f"{where}: {error}")
+    return where, {**columns, **own}
+
+
+def _column(name: str, kind: str, content: bytes, field: str) -> tuple[str, bytes | str]:
+    """A file's column and value. name: what it is called apart from its kind; empty for a name without a further dot."""
+    if not name:  # 0007.jpg, but also 0007.jpg_0 and 0007.caption
+        name, kind = (kind, kind.lower()) if kind.lower() in (*IMAGES, *TEXTS) else (kind, "")
+    column = NAMES.get(name.lower(), name)
+    if kind.lower() in IMAGES or column in PICTURES:
+        return column, content
+    try:
+        return column, content.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{field}: not UTF-8 text") from None
+
+
+def _object(content: bytes, field: str) -> dict:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{field}: no JSON object ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{field}: a JSON object is needed, got {type(found).__name__}")
+    return found
