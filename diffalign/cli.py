@@ -145,11 +145,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             if args.debug:
                 raise
-            _say_once(f"diffalign: {' '.join(str(error).split())}")
+            _say_once(f"diffalign: {_line(str(error))}")
             return error.exit_code
         except KeyboardInterrupt:
             _say_once("diffalign: interrupted")
             return 130
+
+
+def _line(text: str) -> str:
+    """One line that steers no terminal: names of files and of archives' members may hold anything."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
 
 
 def _say_once(text: str) -> None:

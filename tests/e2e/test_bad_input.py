@@ -63,6 +63,15 @@ def test_missing_model_folder(recipe, capsys, tmp_path):
     refused(capsys, recipe(f"model.pretrained_model_name_or_path={tmp_path}/nothing"), "nothing")
 
 
+def test_a_name_steers_no_terminal(recipe, capsys, tmp_path):
+    """Escape sequences in the names of an archive's members, and line ends: one plain line."""
+    import tarfile
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("a\x1b[2J\nb\x9b.pth"))
+    line = refused(capsys, recipe(f"data.path={tmp_path}/t.tar", command="check"), "t.tar: holds a\ufffd[2J b\ufffd.pth, and")
+    assert line.isprintable()
+
+
 def test_pickle_weights(recipe, capsys, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(MODEL, folder)
