@@ -25,7 +25,7 @@ class Denoiser(Protocol):
     __call__: xt [N, *S] float32, t [N] float32 in (0, 1], cond of N rows -> raw [N, *S] in the native space of ``param``
     (a language model: xt [N, L] int64 -> logits [M, V] of its M mask tokens, row by row; it has no ``param``).
     Timesteps and time ids reach the module's sinusoidal embeddings in float32, whatever the autocast dtype.
-    module: the diffusers model (replaceable: accelerate may wrap it). family: "sd", "sdxl", "sd3" or "llada".
+    module: the diffusers model (replaceable: accelerate may wrap it). family: a name of ``load.FAMILIES``, or a model type.
     lora_targets: the family's attention projections, as peft matches them. component: its folder in a pipeline.
     identity: hash of its files, "unsaved" for a model made in memory.
     """
