@@ -282,7 +282,8 @@ def _share_looks(job: _Job, ledger: Ledger, barrier: Callable[[], None]) -> None
         for path, size, changed, digest, *rest in ledger.looks()))
     barrier()
     for rank in range(job.world):
-        with job.heard("looks", rank).open("rb") as lines:
+        # another run of the same data set may have ended, and removed it: what is not known is looked at anew
+        with suppress(FileNotFoundError), job.heard("looks", rank).open("rb") as lines:
             for name, size, changed, digest, *rest in map(json.loads, lines):
                 ledger.add_look(name, size, changed, digest and bytes.fromhex(digest), *rest)
 
@@ -416,7 +417,7 @@ def _failures(job: _Job) -> dict[str, str]:
     """key -> why, of all processes. Raises the first fatal one, the same on every rank."""
     failed = {}
     for rank in range(job.world):
-        if job.heard("failures", rank).is_file():
+        with suppress(FileNotFoundError):  # removed by another run of the same data set, which has ended
             found = json.loads(job.heard("failures", rank).read_bytes())
             if found["fatal"]:
                 raise DataError(found["fatal"])

@@ -115,15 +115,20 @@ def compile_blocks(denoiser: Denoiser, attempt: Callable[[], object], *, race: i
         module.compile_repeated_blocks(**options)
         attempt()
     except Exception as error:  # compilers fail in many ways, and none of them is a reason to stop
-        _call(module, {})
+        uncompile(denoiser)
         return " ".join(str(error).split("\n")[:2]).strip()[:200] or type(error).__name__  # dynamo's first line only says who
     torch._dynamo.config.suppress_errors = True
     if race:
         plain, compiled = _race(module, attempt, race)
         if compiled >= plain:
-            _call(module, {})
+            uncompile(denoiser)
             return f"{compiled:.3g} s a pass compiled, {plain:.3g} s as they are"
     return None
+
+
+def uncompile(denoiser: Denoiser) -> None:
+    """Let the blocks run as they are again."""
+    _call(unwrap(denoiser.module), {})
 
 
 def _call(module: nn.Module, compiled: dict[nn.Module, object]) -> None:

@@ -349,6 +349,22 @@ def test_no_file_is_read_by_every_process(tmp_path, monkeypatch):
     assert not list((tmp_path / "shared").rglob("looks-*"))
 
 
+def test_what_another_run_removes_meanwhile_is_looked_at_anew(tmp_path):
+    """Two runs of several processes at once share the names of these files, and the first to end removes them."""
+    path = pairs(tmp_path, 4)
+    alone = Cache(build(path, tmp_path / "alone")[0].manifest)
+
+    def removed():
+        for file in [*(tmp_path / "shared").rglob("looks-*"), *(tmp_path / "shared").rglob("failures-*")]:
+            file.unlink()
+    barrier, ends = threading.Barrier(2, timeout=20, action=removed), []
+    threads = [threading.Thread(target=lambda r=r: ends.append(build(path, tmp_path / "shared", rank=r, world=2,
+                                                                    barrier=barrier.wait)[0])) for r in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join(30) for thread in threads]
+    assert len(ends) == 2 and Cache(ends[0].manifest).identity == alone.identity
+
+
 def test_a_file_that_changes_between_hashing_and_encoding_is_refused(tmp_path, monkeypatch):
     path, seen, read = pairs(tmp_path, 2), Counter(), ImageRef.read
 
