@@ -7,9 +7,10 @@ file holds:
     0007.label_0.txt, 0007.caption            text: any other column; the prompt may have no name (0007.txt), a label 0007.cls
     0007.json                                 an object, whose entries are columns of the sample
 
-``datasets`` reads the archive; its decoders are not used, since they open what may be a pickle. Nothing is written to the
-disk, so names in an archive lead nowhere. Files of other kinds are passed over unread, and a kind that can hold a pickle is
-refused before a byte of it is read.
+``datasets`` opens the archive, here or on the hub; its decoders are not used, since they open what may be a pickle. Nothing
+is written to the disk, so names in an archive lead nowhere. Files of other kinds are passed over unread, and a kind that can
+hold a pickle is refused before a byte of it is read. An archive must go on to its end mark and no further: tarfile stops
+without a word at a damaged header, at a cut between two files, and at the end of the first of several that were put together.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import glob
 import json
 import os
 import re
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,36 +78,61 @@ def records(path: str) -> Iterator[tuple[str, dict | DataError]]:
         yield _finished(path, key, columns)
 
 
-def _files(path: str) -> Iterator[tuple[str, str, bytes]]:
-    """(key, rest of the name, content) of the files that are looked into."""
-    from datasets import StreamingDownloadManager
+class _Member(tarfile.TarInfo):
+    """A header that is what it should be: tarfile takes any other, behind the first, for the end of the archive."""
 
-    for name, file in StreamingDownloadManager().iter_archive(path):
-        folder, slash, base = name.rpartition("/")
-        key, dot, field = base.partition(".")
-        *_, kind = field.lower().split(".")
-        if not key or not dot:
-            continue
-        if kind in PICKLES:
-            raise DataError(f"{Path(path).name}: holds {name[:200]}, and .{kind} can be a pickle, which may run anything when "
-                            "it is opened; write the shards without such files")
-        if kind not in (*IMAGES, *TEXTS, *OBJECTS) and field not in BARE:
-            continue
-        content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise DataError(f"{_where(path, folder + slash + key)}: {field} is larger than 1 GiB, which is no picture")
-        yield folder + slash + key, field, content
+    @classmethod
+    def fromtarfile(cls, archive):
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error}: the archive is damaged, or cut before its end mark") from None
+
+
+def _files(path: str) -> Iterator[tuple[str, str, bytes | None]]:
+    """(key, rest of the name, content) of the files that are looked into; no content for a link, which is not followed."""
+    from datasets.utils.file_utils import xopen
+
+    with xopen(path, "rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive:
+        for member in archive:
+            folder, slash, base = member.name.rpartition("/")
+            key, dot, field = base.partition(".")
+            if key and dot and not key.startswith("__") and (member.isreg() or member.islnk() or member.issym()):
+                yield from _file(path, archive, member, folder + slash + key, field)
+            archive.members = []  # else it keeps every header
+        while rest := archive.fileobj.read(1 << 20):
+            if rest.strip(b"\0"):
+                raise tarfile.ReadError("something follows its end mark, which would not be read: make each archive a shard "
+                                        "of its own")
+
+
+def _file(path: str, archive: tarfile.TarFile, member: tarfile.TarInfo, key: str,
+          field: str) -> Iterator[tuple[str, str, bytes | None]]:
+    *_, kind = field.lower().split(".")
+    if kind in PICKLES:
+        raise DataError(f"{Path(path).name}: holds {member.name[:200]}, and .{kind} can be a pickle, which may run anything "
+                        "when it is opened; write the shards without such files")
+    if kind not in (*IMAGES, *TEXTS, *OBJECTS) and field not in BARE:
+        return
+    if member.size > MAX_BYTES:
+        raise DataError(f"{_where(path, key)}: {field} is larger than 1 GiB, which is no picture")
+    yield key, field, archive.extractfile(member).read() if member.isreg() else None
 
 
 def _where(path: str, key: str) -> str:
     return f"{Path(path).name} sample {key[:200]}"
 
 
-def _finished(path: str, key: str, files: dict[str, bytes]) -> tuple[str, dict | DataError]:
+def _finished(path: str, key: str, files: dict[str, bytes | None]) -> tuple[str, dict | DataError]:
     """The columns of a sample: of its JSON, then of its own files, which win."""
     where, columns, own = _where(path, key), {}, {}
     try:
         for field, content in files.items():
+            if content is None:
+                raise ValueError(f"{field}: a link, which is not followed; write the file itself (tar --dereference "
+                                 "--hard-dereference)")
             name, _, kind = field.rpartition(".")
             if kind.lower() in OBJECTS:
                 columns.update(_object(content, field))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from diffalign.data.cache import Cache
 from diffalign.data.columns import Tally, detect_layout, read_pictures, read_rows
+from diffalign.data.images import MAX_BYTES
 from diffalign.errors import DataError
 
 from .test_cache import build
@@ -162,14 +163,13 @@ class Bomb:
 def test_a_pickle_is_refused_by_name(tmp_path, kind, folder, monkeypatch):
     """Also in a folder, which ``datasets`` would read by decoders of its own; and before a byte of it is read."""
     path = tar(tmp_path / "t.tar", [*pair(0), (f"0000.extra.{kind}", pickle.dumps(Bomb(tmp_path / "ran"))), *pair(1)])
-    opened, plain = [], datasets.StreamingDownloadManager.iter_archive
+    opened, plain = [], tarfile.TarFile.extractfile
 
-    def watched(self, name):
-        for member, file in plain(self, name):
-            if member.endswith(kind):
-                file.read = opened.append
-            yield member, file
-    monkeypatch.setattr(datasets.StreamingDownloadManager, "iter_archive", watched)
+    def watched(self, member):
+        if member.name.endswith(kind):
+            opened.append(member.name)
+        return plain(self, member)
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", watched)
     with pytest.raises(DataError, match=rf"t.tar: holds 0000.extra.{kind}, and .{kind.lower()} can be a pickle"):
         read(tmp_path if folder else path, bad_rows="skip")
     assert not opened and not (tmp_path / "ran").exists()
@@ -195,6 +195,39 @@ def test_nothing_leaves_the_archive(tmp_path):
     (tmp_path / "in" / "x.png").write_bytes(picture(0))
     tar(path, [("a.json", json.dumps({"prompt": "p", "chosen": "x.png", "rejected": "../in/x.png"}))])
     with pytest.raises(DataError, match="a, chosen|a: chosen: the data set holds paths; say with data.image_root"):
+        read(path)
+
+
+def test_nothing_of_an_archive_is_lost_unsaid(tmp_path):
+    """Where tarfile would stop without a word: a header damaged or cut off, no end mark, a second archive behind the first.
+    Not for data that is skipped either."""
+    whole = tar(tmp_path / "t.tar", [*pair(0), *pair(1)]).read_bytes()
+    at = whole.index(b"0001.")
+    damaged = bytearray(whole)
+    damaged[at + 150] ^= 1  # in the header's own checksum
+    for content, why in ((damaged, "bad checksum: the archive is damaged, or cut"), (whole[:at], "empty header: the archive"),
+                         (whole[:at + 100], "truncated header: the archive"), (whole + whole, "something follows its end")):
+        (tmp_path / "u.tar").write_bytes(content)
+        with pytest.raises(DataError, match=f"u.tar.*: cannot be read as a data set .{why}"):
+            read(tmp_path / "u.tar", bad_rows="skip")
+    (tmp_path / "u.tar").write_bytes(whole[:at] + bytes(1024))  # the shortest end mark
+    assert [row.prompt for row in read(tmp_path / "u.tar")] == ["prompt 0"]
+
+
+def test_a_link_is_named_and_a_huge_file_is_not_read(tmp_path):
+    path = tmp_path / "t.tar"
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+        tar(path, pair(0))
+        with tarfile.open(path, "a") as archive:
+            entry = tarfile.TarInfo("0001.jpg_0.jpg")
+            entry.type, entry.linkname = kind, "0000.jpg_0.jpg"
+            archive.addfile(entry)
+        tally = Tally()
+        assert len(read(path, tally, bad_rows="skip")) == 1
+        assert tally.bad[0].startswith("t.tar sample 0001: jpg_0.jpg: a link, which is not followed; write the file itself")
+    entry.type, entry.size = tarfile.REGTYPE, MAX_BYTES + 1  # the header alone: reading on would fail otherwise
+    path.write_bytes(entry.tobuf())
+    with pytest.raises(DataError, match="t.tar sample 0001: jpg_0.jpg is larger than 1 GiB"):
         read(path)
 
 
