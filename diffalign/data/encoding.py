@@ -178,10 +178,10 @@ def _build(job: _Job, encoders: Callable, barrier: Callable[[], None], progress:
             fatal = error
             if job.world == 1:
                 raise
-        write_aside(job.heard("failures", job.rank), json.dumps(
-            {"fatal": fatal and str(fatal), "failed": {key.hex(): why for key, why in work.failed.items()}}).encode())
+        own = {"fatal": fatal and str(fatal), "failed": {key.hex(): why for key, why in work.failed.items()}}
+        write_aside(job.heard("failures", job.rank), json.dumps(own).encode())
         barrier()
-        _drop_failed(job, work, ledger, _failures(job), tally)
+        _drop_failed(job, work, ledger, _failures(job, own), tally)
         if not ledger.count("grouped"):
             raise nothing_left(job.spec, tally, job.part) if not work.identical else DataError(
                 f"{source_path(job.spec, job.part)[0]}: no group is left; {work.identical} hold the same picture twice")
@@ -282,7 +282,8 @@ def _share_looks(job: _Job, ledger: Ledger, barrier: Callable[[], None]) -> None
         for path, size, changed, digest, *rest in ledger.looks()))
     barrier()
     for rank in range(job.world):
-        with job.heard("looks", rank).open("rb") as lines:
+        # another run of the same data set may have ended, and removed it: what is not known is looked at anew
+        with suppress(FileNotFoundError), job.heard("looks", rank).open("rb") as lines:
             for name, size, changed, digest, *rest in map(json.loads, lines):
                 ledger.add_look(name, size, changed, digest and bytes.fromhex(digest), *rest)
 
@@ -412,15 +413,18 @@ class _Encoding:
         self.failed[key] = why
 
 
-def _failures(job: _Job) -> dict[str, str]:
+def _failures(job: _Job, own: dict) -> dict[str, str]:
     """key -> why, of all processes. Raises the first fatal one, the same on every rank."""
     failed = {}
     for rank in range(job.world):
-        if job.heard("failures", rank).is_file():
-            found = json.loads(job.heard("failures", rank).read_bytes())
-            if found["fatal"]:
-                raise DataError(found["fatal"])
-            failed.update(found["failed"])
+        try:
+            found = own if rank == job.rank else json.loads(job.heard("failures", rank).read_bytes())
+        except FileNotFoundError:  # what that process could not do must not look like bad rows
+            raise ResourceError(f"{job.sets}: another run of this data set has ended and removed what process {rank} of this "
+                                "one had to say; run the same command again") from None
+        if found["fatal"]:
+            raise DataError(found["fatal"])
+        failed.update(found["failed"])
     return failed
 
 

@@ -90,14 +90,16 @@ def hop_of(pipe) -> int:
 def log_mel(wave: np.ndarray, hop: int, mels: int) -> np.ndarray:
     """wave: [samples] at 16 kHz, samples a multiple of hop -> [samples / hop, mels] float32, what the VAE encodes.
 
-    As AudioLDM was trained (its released training code): mean 0, peak 0.5, Hann windows of 64 ms over the mirrored ends,
-    Slaney's mel bins up to 8 kHz of the magnitude, natural logarithm from 1e-5 on. Loudness is therefore not compared.
+    As AudioLDM was trained (its released training code): mean 0 and peak 0.5 of what is there before the silence that fills
+    it up, Hann windows of 64 ms over the mirrored ends, Slaney's mel bins up to 8 kHz of the magnitude, natural logarithm from
+    1e-5 on. Loudness is therefore not compared.
     """
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-    wave = wave - wave.mean()
-    wave = PEAK * wave / (np.abs(wave).max() + 1e-8)
-    wave = np.pad(wave, (WINDOW - hop) // 2, mode="reflect")
+    clip = np.trim_zeros(wave, "b")  # with the silence in its mean, an offset would sound on, the other way round
+    clip = clip - clip.mean()
+    clip = PEAK * clip / (np.abs(clip).max() + 1e-8)
+    wave = np.pad(np.pad(clip, (0, len(wave) - len(clip))), (WINDOW - hop) // 2, mode="reflect")
     bins = mel_filter_bank(WINDOW // 2 + 1, mels, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
     return spectrogram(wave, window_function(WINDOW, "hann"), frame_length=WINDOW, hop_length=hop, power=1.0, center=False,
                        mel_filters=bins, mel_floor=FLOOR, log_mel="log").T.astype(np.float32)

@@ -25,7 +25,7 @@ class Denoiser(Protocol):
     __call__: xt [N, *S] float32, t [N] float32 in (0, 1], cond of N rows -> raw [N, *S] in the native space of ``param``
     (a language model: xt [N, L] int64 -> logits [M, V] of its M mask tokens, row by row; it has no ``param``).
     Timesteps and time ids reach the module's sinusoidal embeddings in float32, whatever the autocast dtype.
-    module: the diffusers model (replaceable: accelerate may wrap it). family: "sd", "sdxl", "sd3" or "llada".
+    module: the diffusers model (replaceable: accelerate may wrap it). family: a name of ``load.FAMILIES``, or a model type.
     lora_targets: the family's attention projections, as peft matches them. component: its folder in a pipeline.
     identity: hash of its files, "unsaved" for a model made in memory.
     """
@@ -115,15 +115,20 @@ def compile_blocks(denoiser: Denoiser, attempt: Callable[[], object], *, race: i
         module.compile_repeated_blocks(**options)
         attempt()
     except Exception as error:  # compilers fail in many ways, and none of them is a reason to stop
-        _call(module, {})
+        uncompile(denoiser)
         return " ".join(str(error).split("\n")[:2]).strip()[:200] or type(error).__name__  # dynamo's first line only says who
     torch._dynamo.config.suppress_errors = True
     if race:
         plain, compiled = _race(module, attempt, race)
         if compiled >= plain:
-            _call(module, {})
+            uncompile(denoiser)
             return f"{compiled:.3g} s a pass compiled, {plain:.3g} s as they are"
     return None
+
+
+def uncompile(denoiser: Denoiser) -> None:
+    """Let the blocks run as they are again."""
+    _call(unwrap(denoiser.module), {})
 
 
 def _call(module: nn.Module, compiled: dict[nn.Module, object]) -> None:

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..evaluate.monitor import MonitorSpec, with_defaults
 from ..likelihood import CodeLikelihood, DenoisingELBO, LatentScores, MaskedELBO, Transitions
 from ..methods import Context, Preference, Probe
-from ..models.base import Denoiser, compile_blocks, enable_gradient_checkpointing
+from ..models.base import Denoiser, compile_blocks, enable_gradient_checkpointing, uncompile
 from ..models.latent_reward import from_denoiser
 from ..models.load import encoder_facts, inspect, is_distilled, load_encoders
 from ..models.load import load_denoiser as load_picture_denoiser
@@ -333,7 +333,12 @@ def compiled(recipe: Recipe, bank: WeightBank, stored: data.Offline, accelerator
             parameter.grad = None
         loss.item()  # waits for the device
 
-    return compile_blocks(bank.denoiser, attempt, race=RACE if recipe.train.compile == "auto" else 0)
+    problem = compile_blocks(bank.denoiser, attempt, race=RACE if recipe.train.compile == "auto" else 0)
+    # each process has a clock and a compiler of its own: where one stays, all do
+    problem = next(filter(None, world_of(accelerator).gather(problem or "")), None)
+    if problem is not None:
+        uncompile(bank.denoiser)
+    return problem
 
 
 def stored_of(recipe: Recipe, cache, world) -> data.Offline:

@@ -21,7 +21,8 @@ class TrainSpec:
     may differ from the checkpoint's on resume, such as ("train.learning_rate",). gradient_checkpointing: true keeps the
     inputs of blocks and runs the blocks again in the backward pass; selective also keeps what attention and convolutions
     gave (diffusers' UNets and transformers). compile: torch.compile of the transformer blocks, a minute or more at the
-    start; where it does not work, or with auto is no faster, the run says so and goes on without.
+    start; where it does not work, or with auto is no faster, the run says so and goes on without. A clock decides auto, so
+    that a run and its resumption may differ in the last bits.
     """
 
     max_train_steps: int = 1000

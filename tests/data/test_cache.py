@@ -349,6 +349,27 @@ def test_no_file_is_read_by_every_process(tmp_path, monkeypatch):
     assert not list((tmp_path / "shared").rglob("looks-*"))
 
 
+@pytest.mark.parametrize("kind", ["looks", "failures"])
+def test_what_another_run_removes_meanwhile(tmp_path, kind):
+    """Two runs of several processes at once share the names of these files, and the first to end removes them: pictures are
+    then looked at anew, and what another process had to say of failures is missed aloud."""
+    path = pairs(tmp_path, 4)
+    alone = Cache(build(path, tmp_path / "alone")[0].manifest)
+    barrier = threading.Barrier(2, timeout=20, action=lambda: [f.unlink() for f in (tmp_path / "shared").rglob(f"{kind}-*")])
+    ends = []
+
+    def rank(r):
+        try:
+            ends.append(Cache(build(path, tmp_path / "shared", rank=r, world=2, barrier=barrier.wait)[0].manifest).identity)
+        except ResourceError as error:
+            ends.append(str(error))
+    threads = [threading.Thread(target=rank, args=(r,)) for r in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join(30) for thread in threads]
+    assert len(ends) == 2
+    assert ends == [alone.identity] * 2 if kind == "looks" else all("has ended and removed" in end for end in ends)
+
+
 def test_a_file_that_changes_between_hashing_and_encoding_is_refused(tmp_path, monkeypatch):
     path, seen, read = pairs(tmp_path, 2), Counter(), ImageRef.read
 

@@ -136,6 +136,15 @@ def test_the_spectrogram_is_the_training_codes():
     assert np.allclose(log_mel(0.1 * wave, HOP, 64), ours, atol=1e-3)  # loudness is normalised away
 
 
+def test_the_silence_behind_a_clip_is_silence():
+    """Filled up after it was brought to mean 0: an offset in the file is gone, and does not sound on in the rest."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 8 * HOP)
+    filled = log_mel(np.concatenate([noise + 0.2, np.zeros(24 * HOP)]), HOP, 64)
+    assert np.allclose(filled[12:], np.log(1e-5))  # 4 frames on, no window of 1024 samples reaches back
+    assert np.allclose(filled, log_mel(np.concatenate([noise, np.zeros(24 * HOP)]), HOP, 64))
+    assert np.allclose(filled[:4], log_mel(noise + 0.2, HOP, 64)[:4])
+
+
 def test_a_tone_lies_in_its_own_bin():
     """Slaney's scale: linear below 1 kHz, 15 mels there; log above. 64 bins to 8 kHz = 45.25 mels: one each .696 mels.
     500 Hz is 7.5 mels, so bin 7.5/.696 - 1 = 9.8: the 10th, counted from 0."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from diffalign.models import LoRA, WeightBank
 from diffalign.models.base import compile_blocks
+from diffalign.run import parts
 
 from . import tiny
 
@@ -60,6 +63,16 @@ def test_a_compiler_that_fails_is_a_note(bank):
 def test_a_model_that_names_no_blocks_is_a_note(folders):
     denoiser = tiny.load_denoiser(tiny.spec(folders("sd3")))
     assert "_repeated_blocks" in compile_blocks(denoiser, lambda: None)
+
+
+@pytest.mark.parametrize(("others", "said"), [(["", ""], None), (["", "2 s a pass compiled, 1 s as they are"],
+                                                                "2 s a pass compiled, 1 s as they are")])
+def test_one_process_that_does_not_compile_decides_for_all(bank, monkeypatch, others, said):
+    monkeypatch.setattr(parts, "compile_blocks", lambda denoiser, attempt, race: (
+        denoiser.module.compile_repeated_blocks(backend="eager")))
+    monkeypatch.setattr(parts, "world_of", lambda accelerator: SimpleNamespace(gather=lambda own: others))
+    recipe = SimpleNamespace(train=SimpleNamespace(compile="auto"))
+    assert parts.compiled(recipe, bank, None, None) == said and bool(compiled(bank)) is (said is None)
 
 
 @pytest.mark.parametrize("slower", ["compiled", "plain"])
