@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -34,16 +35,19 @@ class _Group(Group):
 
 class Sounds(Texts):
     """``Texts`` whose answers are posteriors; every visit draws from them afresh, as from those of pictures. A bucket
-    (``members``) holds the groups whose latents have one shape. elements: numbers of a latent, of the fullest bucket.
+    (``members``) holds the groups whose latents have one shape, one after another. elements: numbers of a latent, of the
+    fullest bucket.
     """
 
     def __init__(self, groups: list[_Group], seed: int, report: dict):
         super().__init__(groups, 0, report)
         self.seed, buckets = seed, defaultdict(list)
-        for number, group in enumerate(groups):
-            buckets[group.answers[0].shape].append(number)
-        self.members = [np.array(numbers) for numbers in buckets.values()]
-        self.elements = groups[max(self.members, key=len)[0]].answers[0][0].size
+        for group in groups:
+            buckets[group.answers[0].shape].append(group)
+        self._groups = [group for bucket in buckets.values() for group in bucket]
+        ends = [0, *accumulate(map(len, buckets.values()))]
+        self.members = [range(start, end) for start, end in pairwise(ends)]
+        self.elements = self._groups[max(self.members, key=len).start].answers[0][0].size
         self.identity = _identity(self.identity, groups)
 
     def tensors(self, groups: list[_Group], rows: list[tuple[np.ndarray, np.ndarray]], visits: np.ndarray) -> dict:

@@ -15,7 +15,7 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -56,10 +56,10 @@ def publish_batches(schema: pa.Schema, batches: Iterable[pa.RecordBatch], folder
 def write_aside(path: Path, content, what: str = "the cache", where_else: str = "set data.cache_dir to another disk") -> None:
     """Temporary name, fsync, rename, fsync of the folder: under its final name a file is whole or absent.
 
-    content: bytes, or an iterable of them. Raises ResourceError; what, where_else: how it calls what could not be written,
-    and the other way out.
+    content: bytes or a buffer, or an iterator of them. Raises ResourceError; what, where_else: how it calls what could not
+    be written, and the other way out.
     """
-    parts = [content] if isinstance(content, bytes) else content
+    parts = content if isinstance(content, Iterator) else [content]
     _write(path.parent, lambda file: file.writelines(parts), lambda aside: path, what, where_else)
 
 

@@ -231,7 +231,7 @@ def alarm_of(base: Side, side: Side, *, training: tuple[np.ndarray, np.ndarray] 
     known = np.isfinite(base.statistics).any((1, 2)) & np.isfinite(side.statistics).any((1, 2))
     spread = np.stack([base.spread, side.spread])
     return alarm(np.stack([base.statistics, side.statistics])[:, known], limits=limits, medium=medium,
-                 names=[name for name, k in zip(medium.looks, known, strict=True) if k],
+                 names=[name for name, k in zip(medium.looks, known, strict=False) if k],  # older runs measured fewer
                  training=None if training is None else np.stack(training),
                  judge=np.stack([base.scores, side.scores]) if held_out and np.isfinite(base.scores).any() else None,
                  diversity=None if np.isnan(spread).all() else spread)
