@@ -137,6 +137,7 @@ def usual(recipe, turns: Turns) -> None:
     size = recipe.train.train_batch_size
     device, dtype = accelerator.device, parts.precision_of(recipe)[1]
     denoiser, encoders = load_denoiser(recipe.model, dtype=dtype, device=device), load_encoders(recipe.model, device)
+    encoders.pipe.vae.to(memory_format=torch.contiguous_format)  # as it is loaded; ours has it in channels-last on a CPU
     encoders.pipe.text_encoder.to(dtype)
     encoders.pipe.text_encoder_2.to(dtype)
     attach(denoiser, recipe.model.lora, seed=0)
