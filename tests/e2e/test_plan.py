@@ -105,7 +105,8 @@ print(-step(2) + step(2 * recipe.train.train_batch_size))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize("options", [(), ("train.gradient_checkpointing=true",), ("model.lora=null",)])
+@pytest.mark.parametrize("options", [(), pytest.param(("train.gradient_checkpointing=true",), marks=pytest.mark.slow),
+                                     pytest.param(("model.lora=null",), marks=pytest.mark.slow)])
 def test_what_a_process_takes(options):
     """128 pairs against one, the peaks of one process: within 15 %. Freed blocks go back to the system at once, as a GPU's
     allocator reuses them; glibc would keep some half as much again for itself.
