@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..process import RectifiedFlow, Velocity
+from ..process import Velocity
 from ..types import Cond
 from .base import unwrap
+from .dit import schedule, unsupported
 from .lora import save_lora
 from .sound import Arrays, Clips, SoundAdapter, array
 
@@ -63,14 +64,12 @@ class AceStep(SoundAdapter):
     def assemble(cls, module: nn.Module, scheduler_config: dict[str, Any], identity: str = "unsaved") -> AceStep:
         for layer in module.layers:
             layer.cross_attn.set_processor(_Masked(layer.cross_attn.processor))
-        scale = float(scheduler_config.get("num_train_timesteps", 1000))
-        return cls(module=module, process=RectifiedFlow(timestep_scale=scale), param=Velocity(), identity=identity)
+        return cls(module=module, process=schedule(scheduler_config), param=Velocity(), identity=identity)
 
     @staticmethod
     def unsupported(config: dict[str, Any], scheduler_config: dict[str, Any]) -> str | None:
-        scheduler = scheduler_config.get("_class_name", "")
-        if "FlowMatch" not in scheduler:
-            return f"its scheduler {scheduler or '(none named)'} is not a flow-matching one"
+        if (problem := unsupported(scheduler_config)) is not None:
+            return problem
         inner, outer = config.get("in_channels", 192), config.get("audio_acoustic_hidden_dim", 64)
         return None if inner == 3 * outer else f"its transformer takes {inner} channels, not latents, source, mask of {outer}"
 

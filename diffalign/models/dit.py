@@ -12,6 +12,16 @@ from ..types import Cond
 from .base import Adapter, unwrap
 
 
+def schedule(scheduler_config: dict[str, Any]) -> RectifiedFlow:
+    return RectifiedFlow(timestep_scale=float(scheduler_config.get("num_train_timesteps", 1000)))
+
+
+def unsupported(scheduler_config: dict[str, Any]) -> str | None:
+    """Why this schedule is not that of a rectified flow, or None."""
+    scheduler = scheduler_config.get("_class_name", "")
+    return None if "FlowMatch" in scheduler else f"its scheduler {scheduler or '(none named)'} is not a flow-matching one"
+
+
 @dataclass(kw_only=True)
 class SD3(Adapter):
     """Stable Diffusion 3 and 3.5. Cond: tokens [N, L_clip + L_t5, D], pooled [N, D1+D2].
@@ -40,14 +50,12 @@ class SD3(Adapter):
 
     @classmethod
     def assemble(cls, module: nn.Module, scheduler_config: dict[str, Any], identity: str = "unsaved") -> SD3:
-        scale = float(scheduler_config.get("num_train_timesteps", 1000))
-        return cls(module=module, process=RectifiedFlow(timestep_scale=scale), param=Velocity(), identity=identity)
+        return cls(module=module, process=schedule(scheduler_config), param=Velocity(), identity=identity)
 
     @staticmethod
     def unsupported(config: dict[str, Any], scheduler_config: dict[str, Any]) -> str | None:
-        scheduler = scheduler_config.get("_class_name", "")
-        if "FlowMatch" not in scheduler:
-            return f"its scheduler {scheduler or '(none named)'} is not a flow-matching one"
+        if (problem := unsupported(scheduler_config)) is not None:
+            return problem
         inner, outer = config.get("in_channels", 16), config.get("out_channels", 16)
         return None if outer in (None, inner) else f"its transformer takes {inner} channels and returns {outer}"
 

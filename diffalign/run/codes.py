@@ -25,7 +25,7 @@ from ..models.lora import load_peft
 from ..models.spec import LANGUAGE_MODEL, PEFT, ModelSpec
 from ..sampling.music import CodeSampler, checked_sounds
 from ..types import Memory, Sound
-from .entrants import checkpoint_folder, put_weights
+from .entrants import checkpoint_folder, own_weights, put_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ def _written(folder: Path, base: CodeModel) -> CodeModel | None:
     if (folder / LANGUAGE_MODEL).is_dir():
         return replace(base, spec=replace(base.spec, pretrained_model_name_or_path=str(folder / LANGUAGE_MODEL), revision=None,
                                           lora=None))
-    own = next((folder / name for name in ("ema.safetensors", "weights.safetensors") if (folder / name).is_file()), None)
+    own = own_weights(folder)
     return None if own is None else replace(base, weights=(own,))
 
 

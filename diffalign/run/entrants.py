@@ -195,7 +195,7 @@ def _checkpoint(recipe: Recipe | Evaluation, option: str, entrant: Entrant) -> M
     component = inspect(recipe.model)[1].component
     if (folder / component).is_dir():
         return Model(spec=recipe.model, weights=tuple(weight_files(folder / component, None, str(folder))))
-    own = next((folder / name for name in ("ema.safetensors", "weights.safetensors") if (folder / name).is_file()), None)
+    own = own_weights(folder)
     if own is None:
         raise ConfigError(f"{option}: {folder} holds no weights; choose another checkpoint")
     return Model(spec=recipe.model, weights=(own,))
@@ -209,6 +209,11 @@ def checkpoint_folder(recipe: Recipe | Evaluation, option: str, number: int) -> 
         raise ConfigError(f"{option}: there is no {folder} (there: {there}); older ones are removed, see "
                           "train.checkpoints_total_limit")
     return folder
+
+
+def own_weights(folder: Path) -> Path | None:
+    """The loop's own file of a checkpoint, the moving average first."""
+    return next((folder / name for name in ("ema.safetensors", "weights.safetensors") if (folder / name).is_file()), None)
 
 
 def put_weights(module: torch.nn.Module, files: tuple[Path, ...], name: str) -> None:

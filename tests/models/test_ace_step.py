@@ -6,18 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.data.audio import write_wav
 from diffalign.data.sound import read_sounds
-from diffalign.data.spec import DataSpec
 from diffalign.errors import DataError, ModelError
 from diffalign.models.base import enable_gradient_checkpointing
 from diffalign.models.load import is_distilled, load_denoiser, load_encoders, load_pipeline, model_identity, save_pipeline
 from diffalign.models.lora import load as load_lora
-from diffalign.models.spec import LoRA, ModelSpec
-from diffalign.models.weights import WeightBank
 from diffalign.process import RectifiedFlow, Velocity
 from diffalign.sampling.sound import clips, longest, rate_of
 from diffalign.types import Cond
+from tests.models.sounds import moved_lora, rows_of, spec_of, tone
 from tests.models.tiny_ace_step import CHANNELS, HOP, RATE, make
 
 FRAMES = 33  # 2.06 s, of which it is told 2; an odd number: the transformer fills up its patches of two
@@ -27,10 +24,6 @@ FRAMES = 33  # 2.06 s, of which it is told 2; an odd number: the transformer fil
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ace") / "pipeline"
     return make(folder), folder, load_encoders(spec_of(folder)), load_denoiser(spec_of(folder))
-
-
-def spec_of(folder, **options):
-    return ModelSpec(pretrained_model_name_or_path=str(folder), **{"lora": None, **options})
 
 
 def cond_of(encoders, *captions, frames=FRAMES):
@@ -136,17 +129,8 @@ def test_gradient_checkpointing_changes_nothing(made):
 
 def test_a_lora_trains_and_is_read_by_the_pipeline(made, tmp_path):
     _, folder, encoders, _ = made
-    bank = WeightBank.build(load_denoiser(spec_of(folder)), LoRA(rank=2), reads=("policy", "reference"), seed=0)
     xt, t, cond = torch.randn(1, FRAMES, CHANNELS), torch.tensor([0.4]), cond_of(encoders, ("a", {}))
-    reference = bank.predict("reference", xt, t, cond)
-    assert torch.equal(bank.predict("current", xt, t, cond), reference)
-    bank.predict("policy", xt, t, cond).sum().backward()
-    assert any(p.grad.abs().sum() > 0 for p in bank.trainable().values())
-    with torch.no_grad():
-        for p in bank.trainable().values():
-            p.add_(0.2)
-    ours = bank.predict("current", xt, t, cond)
-    assert not torch.allclose(ours, reference, atol=1e-3)
+    bank, ours = moved_lora(folder, (xt, t, cond))
     bank.save(tmp_path, {})
     assert [file.name for file in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
     pipe = load_pipeline(spec_of(folder))
@@ -190,19 +174,7 @@ def test_clips_are_the_pipelines_own(made):
 
 
 def wave(seconds, level=0.5, rate=RATE):
-    return write_wav(level * np.sin(np.arange(int(seconds * rate))), rate)
-
-
-def rows_of(folder, *rows):
-    """rows: (chosen, rejected, further columns)."""
-    folder.mkdir(exist_ok=True)
-    lines = []
-    for i, (chosen, rejected, columns) in enumerate(rows):
-        (folder / f"chosen{i}.wav").write_bytes(chosen)
-        (folder / f"rejected{i}.wav").write_bytes(rejected)
-        lines.append({"prompt": "a b", "chosen": f"chosen{i}.wav", "rejected": f"rejected{i}.wav", **columns})
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return DataSpec(path=str(folder / "pairs.jsonl"))
+    return tone(int(seconds * rate), rate, level)
 
 
 def test_rows_with_lyrics_and_of_several_lengths(made, tmp_path):

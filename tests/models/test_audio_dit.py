@@ -9,13 +9,12 @@ import torch
 
 from diffalign.data.audio import write_wav
 from diffalign.data.sound import read_sounds
-from diffalign.data.spec import DataSpec
 from diffalign.errors import DataError, ModelError
 from diffalign.models.load import load_denoiser, load_encoders, model_identity, save_pipeline
-from diffalign.models.spec import LoRA, ModelSpec
 from diffalign.models.weights import WeightBank
 from diffalign.process import Trigonometric, V
 from diffalign.types import Cond
+from tests.models.sounds import moved_lora, pair_of, read_by_peft, spec_of, tone
 from tests.models.tiny_audio import FRAMES, HOP, RATE, make
 
 
@@ -23,10 +22,6 @@ from tests.models.tiny_audio import FRAMES, HOP, RATE, make
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audio") / "pipeline"
     return make(folder), folder, load_encoders(spec_of(folder)), load_denoiser(spec_of(folder))
-
-
-def spec_of(folder, **options):
-    return ModelSpec(pretrained_model_name_or_path=str(folder), **{"lora": None, **options})
 
 
 def cond_of(encoders, prompt, seconds):
@@ -109,25 +104,10 @@ def test_the_process_by_hand():
 
 
 def test_a_lora_trains_and_is_read_by_peft(made, tmp_path):
-    from peft import PeftModel
-
     _, folder, encoders, _ = made
-    bank = WeightBank.build(load_denoiser(spec_of(folder)), LoRA(rank=2), reads=("policy", "reference"), seed=0)
-    xt, t, cond = torch.randn(1, 4, FRAMES), torch.tensor([0.4]), cond_of(encoders, "a", 0.5)
-    reference = bank.predict("reference", xt, t, cond)
-    assert torch.equal(bank.predict("current", xt, t, cond), reference)
-    bank.predict("policy", xt, t, cond).sum().backward()
-    assert any(p.grad.abs().sum() > 0 for p in bank.trainable().values())
-    with torch.no_grad():
-        for p in bank.trainable().values():
-            p.add_(0.2)
-    assert torch.equal(bank.predict("reference", xt, t, cond), reference)
-    ours = bank.predict("current", xt, t, cond)
-    assert not torch.allclose(ours, reference, atol=1e-3)
-    bank.save(tmp_path, {})
-    fresh = load_denoiser(spec_of(folder))
-    fresh.module = PeftModel.from_pretrained(fresh.module, tmp_path).base_model.model
-    assert torch.allclose(fresh(xt, t, cond), ours, atol=1e-5)
+    inputs = torch.randn(1, 4, FRAMES), torch.tensor([0.4]), cond_of(encoders, "a", 0.5)
+    bank, ours = moved_lora(folder, inputs)
+    assert torch.allclose(read_by_peft(bank, folder, tmp_path, inputs), ours, atol=1e-5)
 
 
 def test_all_weights_but_the_frequencies_train(made):
@@ -149,21 +129,12 @@ def test_a_full_fine_tune_becomes_a_whole_pipeline(made, tmp_path):
 
 
 def wave(seconds, level=0.5, rate=RATE):
-    return write_wav(level * np.sin(np.arange(int(seconds * rate))), rate)
-
-
-def rows_of(folder, **files):
-    folder.mkdir(exist_ok=True)
-    for name, data in files.items():
-        (folder / f"{name}.wav").write_bytes(data)
-    row = {"prompt": "a b", "chosen": "chosen.wav", "rejected": "rejected.wav"}
-    (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    return DataSpec(path=str(folder / "pairs.jsonl"))
+    return tone(int(seconds * rate), rate, level)
 
 
 def test_a_clip_is_its_latent_and_its_seconds(made, tmp_path):
     _, _, encoders, _ = made
-    sounds = read_sounds(rows_of(tmp_path, chosen=wave(0.75), rejected=wave(0.5)), encoders)
+    sounds = read_sounds(pair_of(tmp_path, chosen=wave(0.75), rejected=wave(0.5)), encoders)
     batch = sounds(np.array([0]), np.array([0]))
     assert batch.x0.shape == (1, 2, 4, FRAMES) and batch.cond.tokens.shape == (1, 6, 8) and sounds.elements == 4 * FRAMES
     again, later = sounds(np.array([0]), np.array([0])), sounds(np.array([0]), np.array([1]))
@@ -181,7 +152,7 @@ def test_the_seconds_are_a_part_of_the_identity(made, tmp_path):
     checkpoint of one must not go on with the other."""
     def read(name, silence):
         clip = np.append(0.5 * np.sin(np.arange(int(0.5 * RATE))), np.zeros(silence))
-        return read_sounds(rows_of(tmp_path / name, chosen=wave(0.75), rejected=write_wav(clip, RATE)), made[2])
+        return read_sounds(pair_of(tmp_path / name, chosen=wave(0.75), rejected=write_wav(clip, RATE)), made[2])
 
     short, longer = read("short", 0), read("longer", 8)
     one, other = (sounds(np.array([0]), np.array([0])) for sounds in (short, longer))
@@ -198,7 +169,7 @@ def test_the_seconds_are_a_part_of_the_identity(made, tmp_path):
 ])
 def test_clips_that_are_refused(made, tmp_path, data, message):
     with pytest.raises(DataError, match=f"line 1.*rejected.*{message}"):
-        read_sounds(rows_of(tmp_path, chosen=wave(0.5), rejected=data), made[2])
+        read_sounds(pair_of(tmp_path, chosen=wave(0.5), rejected=data), made[2])
 
 
 def test_another_schedule_is_refused(made, tmp_path):

@@ -6,18 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.data.audio import write_wav
 from diffalign.data.sound import read_sounds
-from diffalign.data.spec import DataSpec
 from diffalign.errors import DataError, ModelError
 from diffalign.models.audio_unet import AudioLDM2, log_mel
 from diffalign.models.base import enable_gradient_checkpointing
 from diffalign.models.load import load_denoiser, load_encoders, load_pipeline, model_identity, save_pipeline
-from diffalign.models.spec import LoRA, ModelSpec
-from diffalign.models.weights import WeightBank
 from diffalign.process import Eps, VariancePreserving
 from diffalign.sampling.sound import clips, longest, rate_of
 from diffalign.types import Cond
+from tests.models.sounds import moved_lora, pair_of, read_by_peft, spec_of, tone
 from tests.models.tiny_audioldm2 import CHANNELS, FRAMES, HOP, MELS, RATE, make
 
 SHAPE = (CHANNELS, FRAMES, MELS // 4)
@@ -28,10 +25,6 @@ FULL = FRAMES * 4 * HOP  # samples
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ldm2") / "pipeline"
     return make(folder), folder, load_encoders(spec_of(folder)), load_denoiser(spec_of(folder))
-
-
-def spec_of(folder, **options):
-    return ModelSpec(pretrained_model_name_or_path=str(folder), **{"lora": None, **options})
 
 
 def cond_of(encoders, *prompts):
@@ -156,24 +149,10 @@ def test_a_tone_lies_in_its_own_bin():
 
 
 def test_a_lora_trains_and_is_read_by_peft(made, tmp_path):
-    from peft import PeftModel
-
     _, folder, encoders, _ = made
-    bank = WeightBank.build(load_denoiser(spec_of(folder)), LoRA(rank=2), reads=("policy", "reference"), seed=0)
-    xt, t, cond = torch.randn(1, *SHAPE), torch.tensor([0.4]), cond_of(encoders, "a")
-    reference = bank.predict("reference", xt, t, cond)
-    assert torch.equal(bank.predict("current", xt, t, cond), reference)
-    bank.predict("policy", xt, t, cond).sum().backward()
-    assert any(p.grad.abs().sum() > 0 for p in bank.trainable().values())
-    with torch.no_grad():
-        for p in bank.trainable().values():
-            p.add_(0.2)
-    ours = bank.predict("current", xt, t, cond)
-    assert not torch.allclose(ours, reference, atol=1e-3)
-    bank.save(tmp_path, {})
-    fresh = load_denoiser(spec_of(folder))
-    fresh.module = PeftModel.from_pretrained(fresh.module, tmp_path).base_model.model
-    assert torch.allclose(fresh(xt, t, cond), ours, atol=1e-5)
+    inputs = torch.randn(1, *SHAPE), torch.tensor([0.4]), cond_of(encoders, "a")
+    bank, ours = moved_lora(folder, inputs)
+    assert torch.allclose(read_by_peft(bank, folder, tmp_path, inputs), ours, atol=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing(made):
@@ -228,21 +207,12 @@ def test_clips_are_the_pipelines_own(made):
 
 
 def wave(samples, level=0.5, rate=RATE):
-    return write_wav(level * np.sin(np.arange(samples)), rate)
-
-
-def rows_of(folder, **files):
-    folder.mkdir(exist_ok=True)
-    for name, data in files.items():
-        (folder / f"{name}.wav").write_bytes(data)
-    row = {"prompt": "a b", "chosen": "chosen.wav", "rejected": "rejected.wav"}
-    (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    return DataSpec(path=str(folder / "pairs.jsonl"))
+    return tone(samples, rate, level)
 
 
 def test_a_clip_is_the_latent_of_its_spectrogram(made, tmp_path):
     _, _, encoders, _ = made
-    sounds = read_sounds(rows_of(tmp_path, chosen=wave(FULL), rejected=wave(2000)), encoders)
+    sounds = read_sounds(pair_of(tmp_path, chosen=wave(FULL), rejected=wave(2000)), encoders)
     batch = sounds(np.array([0]), np.array([0]))
     assert batch.x0.shape == (1, 2, *SHAPE) and sounds.elements == CHANNELS * FRAMES * MELS // 4
     assert batch.cond.tokens.shape == (1, 4, 8) and batch.cond.extra["t5"].shape == (1, 2, 3, 12)
@@ -263,11 +233,11 @@ def test_a_clip_is_the_latent_of_its_spectrogram(made, tmp_path):
 ])
 def test_clips_that_are_refused(made, tmp_path, data, message):
     with pytest.raises(DataError, match=f"line 1.*rejected.*{message}"):
-        read_sounds(rows_of(tmp_path, chosen=wave(2000), rejected=data), made[2])
+        read_sounds(pair_of(tmp_path, chosen=wave(2000), rejected=data), made[2])
 
 
 def test_a_prompt_that_the_pipeline_would_cut_is_refused(made, tmp_path):
-    spec = rows_of(tmp_path, chosen=wave(2000), rejected=wave(2000, level=0.1))
+    spec = pair_of(tmp_path, chosen=wave(2000), rejected=wave(2000, level=0.1))
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace("a b", "a b c d a b"))
     with pytest.raises(DataError, match="line 1: the prompt has .* tokens, and the model's text encoder reads"):
         read_sounds(spec, made[2])
@@ -285,7 +255,7 @@ def test_another_rate_and_another_denoiser_are_refused(made, tmp_path):
             (tmp_path / part / weights.name).symlink_to(weights)
         if part == "vocoder":
             with pytest.raises(ModelError, match="makes 48000 Hz, and its front end is known for 16000 Hz only"):
-                read_sounds(rows_of(tmp_path / "rows", chosen=wave(9), rejected=wave(9)), load_encoders(spec_of(tmp_path)))
+                read_sounds(pair_of(tmp_path / "rows", chosen=wave(9), rejected=wave(9)), load_encoders(spec_of(tmp_path)))
     with pytest.raises(ModelError, match="class_embed_type='timestep'"):
         load_denoiser(spec_of(tmp_path))
 
