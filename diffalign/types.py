@@ -10,7 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
+import torch
 from torch import Tensor
+
+
+def carried(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on ``device``: on its way there without waiting, back on the CPU once it has arrived, as the next line may read it.
+
+    CUDA copies pageable memory after all that was queued before, and the host waits for that: such tensors are pinned first.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=device.type != "cpu")
 
 
 class _Movable:
@@ -18,14 +30,16 @@ class _Movable:
 
     __slots__ = ()
 
-    def to(self, device, non_blocking: bool = True):
-        return replace(self, **{f.name: _move(getattr(self, f.name), device, non_blocking) for f in fields(self)})
+    def to(self, device: torch.device | str):
+        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
 
 
-def _move(value, device, non_blocking):
+def _move(value, device):
     if isinstance(value, dict):
-        return {name: _move(item, device, non_blocking) for name, item in value.items()}
-    return value.to(device, non_blocking=non_blocking) if isinstance(value, (Tensor, _Movable)) else value
+        return {name: _move(item, device) for name, item in value.items()}
+    if isinstance(value, _Movable):
+        return value.to(device)
+    return carried(value, device) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
