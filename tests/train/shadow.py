@@ -26,7 +26,7 @@ CPU, SHADOW = 1, 12  # kDLCPU, kDLExtDev of dlpack.h
 aten = torch.ops.aten
 
 NUMBERS = set("add sub rsub mul div pow where masked_fill fill eq ne lt le gt ge maximum minimum lerp copy remainder".split())
-INDEXED = {"index", "index_put", "_index_put_impl_", "_unsafe_index"}
+INDEXED = {"index", "index_put", "_index_put_impl", "_unsafe_index"}
 ASKED = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "bincount", "multinomial"}
 
 waits: list[tuple[str, list[str]]] = []  # what the host waited for, and the functions it was in, outermost first
@@ -41,7 +41,8 @@ def _renamed(x: torch.Tensor, device: int) -> torch.Tensor:
     capsule = torch._C._to_dlpack(x)
     header = _pointer(capsule, b"dltensor")  # void *data; int32 device_type; int32 device_id
     ctypes.c_int32.from_address(header + 8).value, ctypes.c_int32.from_address(header + 12).value = device, 0
-    return torch._C._from_dlpack(capsule)
+    with torch.inference_mode(False):  # views of ordinary tensors are ordinary ones
+        return torch._C._from_dlpack(capsule)
 
 
 def there(x: torch.Tensor) -> torch.Tensor:
@@ -65,7 +66,7 @@ def _wait(what: str) -> None:
 
 def _run(op, *args, **kwargs):
     """Any operation: checked as CUDA checks it, then the CPU's. Results and written arguments are on the device again."""
-    name = op._schema.name.removeprefix("aten::")
+    name = op._schema.name.removeprefix("aten::").rstrip("_")  # add_ is add
     indices = [i for i in args[1] if i is not None] if name in INDEXED else []
     if name in ASKED or any(i.device.type == "cpu" or i.dtype == torch.bool for i in indices):
         _wait(name)
@@ -81,7 +82,7 @@ def _run(op, *args, **kwargs):
             alias = here(value)
             owners[id(alias)] = alias, value
             return alias
-        is_number = isinstance(value, torch.Tensor) and value.dim() == 0 and (name.rstrip("_") in NUMBERS or name in INDEXED)
+        is_number = isinstance(value, torch.Tensor) and value.dim() == 0 and name in NUMBERS | INDEXED
         if isinstance(value, torch.Tensor) and not is_number and id(value) not in free:
             strangers.append(f"{value.dtype} {list(value.shape)}")
         return torch.device("cpu") if isinstance(value, torch.device) else value
@@ -101,7 +102,7 @@ def _run(op, *args, **kwargs):
         _put(given[key], inside[key])
         owners[id(inside[key])] = inside[key], given[key]
     for alias, value in owners.values():
-        if op._schema.is_mutable and alias.shape != value.shape:
+        if op._schema.is_mutable and (alias.shape, alias.stride()) != (value.shape, value.stride()):
             value.data = there(alias)
     return leave(found)
 
@@ -126,9 +127,10 @@ def _copy(source, target, non_blocking=False):
             raise RuntimeError("a copy to the CPU that nobody waits for")
         _wait("to the CPU")
     elif not _is_there(source):
-        if not non_blocking or source.untyped_storage().data_ptr() not in _pinned:
+        if non_blocking and source.untyped_storage().data_ptr() in _pinned:
+            _copying.append((source, source.clone()))
+        else:
             _wait("from pageable memory")
-        _copying.append((source, source.clone()))
     (here(target) if _is_there(target) else target).copy_(here(source) if _is_there(source) else source)
     return target
 
