@@ -125,7 +125,7 @@ class Batch(_Movable):
 
     @property
     def labels(self) -> Batch:
-        """Where utility, valid and soft can be asked for indices without stopping the device."""
+        """Where utility, valid, soft and masks can be asked for indices without stopping the device."""
         return self.host or self
 
     @property
@@ -152,7 +152,8 @@ class Noised(_Movable):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Masked(_Movable):
-    """Text with masked tokens. x0, xt: [N, L] int64, before and after; masked: [N, L] bool, where they differ in kind.
+    """Text with masked tokens. x0, xt: [N, L] int64, before and after; masked: [N, L] bool, where they differ in kind; places:
+    [M] int64, where those lie in the rows put end to end: how many there are, a device would have to be waited for.
 
     t: [N] float32, the share of the answer that is masked, or its expectation. weight: [N] float32, what the summed
     log-probabilities of the masked tokens are multiplied by to estimate the bound on the answer's log-likelihood.
@@ -161,6 +162,7 @@ class Masked(_Movable):
     x0: Tensor
     xt: Tensor
     masked: Tensor
+    places: Tensor
     t: Tensor
     weight: Tensor
 

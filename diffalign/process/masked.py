@@ -43,5 +43,6 @@ class Masking:
 
     def _masked(self, x0: Tensor, answer: Tensor, chosen: list[Tensor], t: Tensor, weight: Tensor) -> Masked:
         masked = torch.zeros_like(answer).masked_scatter(answer, carried(torch.cat(chosen), answer.device))
-        return Masked(x0=x0, xt=x0.masked_fill(masked, self.mask_id), masked=masked, t=carried(t.float(), x0.device),
+        return Masked(x0=x0, xt=x0.masked_fill(masked, self.mask_id), masked=masked,
+                      places=masked.flatten().nonzero().squeeze(1), t=carried(t.float(), x0.device),
                       weight=carried(weight.float(), x0.device))
