@@ -42,6 +42,9 @@ def test_a_full_fine_tune_pays_for_its_reference_and_its_moments(tmp_path):
     assert full["memory_bytes"]["reference"] == pytest.approx(weights, rel=0.02) and "reference" not in free["memory_bytes"]
     assert eight["memory_bytes"]["optimizer"] == full["memory_bytes"]["optimizer"] // 4
     assert free["tflop_per_group"] < full["tflop_per_group"] and lora["tflop_per_group"] < full["tflop_per_group"]
+    half = planned(tmp_path, TINY, "model.lora=null", "train.mixed_precision=bf16")
+    assert half["memory_bytes"]["reference"] == pytest.approx(weights / 2, rel=0.05), "its matrices are kept in bfloat16"
+    assert half["tflop_per_group"] == full["tflop_per_group"]
 
 
 def test_what_to_change_where_it_does_not_fit():
