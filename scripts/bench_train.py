@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -112,38 +113,45 @@ def plan_of(file: Path) -> dict[str, int]:
     return plan(load_recipe(file), gpu="h200")["memory_bytes"]
 
 
-def started(worker: Worker) -> str | None:
-    """Why a lever cannot be measured here, or None. Raises Stopped where one of the four paths does not start."""
+def asked(worker: Worker, question: Callable[[Worker], dict]) -> dict | None:
+    """The worker's answer; None, and a line, where a lever does not work here. Raises Stopped for one of the four paths."""
     try:
-        note = worker.answer().get("note")
+        answer = question(worker)
+        note = answer.get("note")
     except Stopped as error:
         if worker.path in PATHS:
             raise
-        return "not measured: " + str(error).strip().splitlines()[-1]
+        answer, note = None, str(error).strip().splitlines()[-1]
     if note:
         worker.process.kill()
-    return note and f"not measured: {note}"
+        print(f"{worker.path}: not measured: {note}", file=sys.stderr, flush=True)
+        return None
+    return answer
 
 
 def run_rounds(file: Path, options) -> tuple[list[dict], dict, dict]:
-    """Seconds a pair by path and round; seconds by stage; peak bytes."""
+    """Seconds a pair by path and round; what the turn with a watch on said, by path; peak bytes."""
     names, pairs = [*PATHS, *(f"live+{lever}" for lever in options.lever)], options.steps * options.batch
     rounds, stages, peaks = [{} for _ in range(options.rounds)], {}, {}
     for some in [[name] for name in names] if options.apart else [names]:
-        workers = {name: Worker(name, file, options) for name in some}
-        for name, worker in list(workers.items()):
-            if note := started(worker):
-                print(f"{name}: {note}", file=sys.stderr, flush=True)
-                del workers[name]
+        workers = [Worker(name, file, options) for name in some]
+        workers = [worker for worker in workers if asked(worker, Worker.answer)]
         for number, found in enumerate(rounds):
-            for name, worker in workers.items():
-                answer = worker.turn()
-                found.update(answer if name == "encode" else {name: answer["seconds"] / pairs})
+            for worker in list(workers):
+                answer = asked(worker, Worker.turn)
+                if answer is None:
+                    workers.remove(worker)
+                    continue
+                found.update(answer if worker.path == "encode" else {worker.path: answer["seconds"] / pairs})
             print(f"round {number + 1}/{options.rounds}: "
                   + ", ".join(f"{name} {1 / found[name]:.3g}" for name in (*SHOWN, *names[len(PATHS):]) if name in found)
                   + " pairs/s", file=sys.stderr, flush=True)
-        stages |= {name: worker.turn("stages") for name, worker in workers.items() if name in SHOWN[:3]}
-        peaks |= {name: worker.turn("end")["peak"] for name, worker in workers.items()}
+        for worker in workers:
+            if worker.path in SHOWN[:3]:
+                stages[worker.path] = worker.turn("stages")
+            if worker.path == "live" and options.profile:
+                Path(options.profile).write_text(worker.turn("profile")["profile"])
+            peaks[worker.path] = worker.turn("end")["peak"]
     return rounds, stages, peaks
 
 
@@ -221,6 +229,7 @@ def arguments():
     parser.add_argument("--apart", action="store_true", help="one path after another, where memory holds one at a time")
     parser.add_argument("--epochs", type=int, default=3, help="epochs that encoding is counted over")
     parser.add_argument("--work", help="folder for models and caches, kept; else a temporary one")
+    parser.add_argument("--profile", metavar="FILE", help="write the live path's operations there, the dearest first")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)

@@ -71,7 +71,8 @@ def write_recipe(options, work: Path) -> Path:
     """The recipe of all paths, with what it points at beside it."""
     import yaml
 
-    steps = WARM + (AGAIN + options.steps) * (options.rounds + 1)
+    turns = options.rounds + 1 + bool(options.profile)  # one under the watch
+    steps = WARM + (AGAIN + options.steps) * turns
     pairs = max(16 if options.model == "sdxl" else 64, options.steps * options.batch)
     if options.model != "tiny":
         places = write_sdxl(work, options.model, pairs, options.resolution)

@@ -51,11 +51,12 @@ class Clock:
 
 
 class Turns:
-    """The worker's side of the pipe: a line in ("go", "stages", "end"), a line of JSON out."""
+    """The worker's side of the pipe: a line in ("go", "stages", "profile", "end"), a line of JSON out."""
 
     def __init__(self, clock: Clock, steps: int, out):
         self.clock, self.steps, self.out, self.left, self.started, self.order = clock, steps, out, WARM, None, None
         self.note: str | None = None  # why a lever did not take hold
+        self.profiler = None
 
     def step(self) -> None:
         """After every step: at the end of a turn report, then wait for the next."""
@@ -66,7 +67,8 @@ class Turns:
             return
         self.clock.wait()
         if self.order:
-            self.say({"seconds": time.perf_counter() - self.started, "stages": self.clock.seconds})
+            taken = {"seconds": time.perf_counter() - self.started, "stages": self.clock.seconds}
+            self.say(taken | ({"profile": self.ended()} if self.order == "profile" else {}))
         else:
             reset_peak(self.clock.device)
             self.say({"ready": True, "note": self.note})
@@ -77,7 +79,7 @@ class Turns:
         self.clock.on = False
         release(self.clock.device)
         self.order = sys.stdin.readline().strip()
-        if self.order not in ("go", "stages"):
+        if self.order not in ("go", "stages", "profile"):
             self.say({"peak": peak(self.clock.device)})
             os._exit(0)
         self.left, self.started = again + self.steps, None
@@ -86,7 +88,17 @@ class Turns:
 
     def begin(self) -> None:
         self.clock.wait()
+        if self.order == "profile":
+            import torch
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
         self.clock.on, self.clock.seconds, self.started = self.order == "stages", {}, time.perf_counter()
+
+    def ended(self) -> str:
+        """The profiler's table."""
+        self.profiler.stop()
+        by = "self_cuda_time_total" if self.clock.device.type == "cuda" else "self_cpu_time_total"
+        return self.profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=60)
 
     def after_step(self, state, report) -> None:  # a hook of the training loop
         self.step()
