@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 from pathlib import Path
@@ -54,6 +55,10 @@ def write_sdxl(folder: Path, model: str, pairs: int, side: int) -> dict:
     if not (folder / model / "model_index.json").exists():
         pipe = StableDiffusionXLPipeline(**sdxl(folder, "cuda" if torch.cuda.is_available() else "cpu", model == "narrow"))
         pipe.to(torch.float16 if model == "sdxl" else torch.float32).save_pretrained(folder / model, safe_serialization=True)
+        del pipe  # in a ring of references; the workers need the memory
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     random = np.random.default_rng(0)
 
     def picture() -> bytes:
