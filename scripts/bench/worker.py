@@ -324,6 +324,13 @@ def attention(kind: str):
     return sdpa_kernel(getattr(SDPBackend, kind))
 
 
+def search_kernels():
+    """cuDNN times its algorithms for every shape, and takes the fastest."""
+    import torch
+    torch.backends.cudnn.benchmark = True
+    return nullcontext()
+
+
 def one_by_one():
     """AdamW's plain loop over tensors, neither fused nor in lists."""
     import torch
@@ -341,6 +348,7 @@ LEVERS = {  # name: options of the recipe, or a function that arranges it and gi
     "no_tf32": ("train.allow_tf32=false",),
     "feed_ahead": ("train.dataloader_num_workers=1",),
     "channels_last": channels_last,
+    "cudnn_search": search_kernels,
     "plain_adamw": one_by_one,
     "math_attention": lambda: attention("MATH"),
     "flash_attention": lambda: attention("FLASH_ATTENTION"),
