@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import ResourceError
 from .cache import Group
 
-CACHE_KIB = 16 << 10  # of SQLite's pages in memory
+CACHE_KIB = 1 << 10  # of SQLite's pages in memory; the system's own cache of the file makes up for a small one
 _SETUP = """
     PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA temp_store=FILE;
     -- records by key; shard is NULL while one is only queued

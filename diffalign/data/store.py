@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
+import sys
 import time
 import uuid
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -196,14 +199,14 @@ class Writer:
 
     def __init__(self, store: Store, *, multiple: int, shard_bytes: int | None = None):
         self.store, self.multiple, self.shard_bytes = store, multiple, shard_bytes or SHARD_BYTES
-        self._waiting: dict[tuple, list[tuple[bytes, dict[str, np.ndarray]]]] = {}
+        self._waiting: dict[tuple, _Waiting] = {}
 
     def add(self, key: bytes, record: dict[str, np.ndarray]) -> None:
         shape = tuple((name, array.shape, array.dtype.str) for name, array in record.items())
-        waiting = self._waiting.setdefault(shape, [])
-        waiting.append((key, record))
+        waiting = self._waiting.setdefault(shape, _Waiting())
+        waiting.add(key, record)
         size = sum(array.nbytes for array in record.values())
-        if len(waiting) >= max(1, min(self.shard_bytes // size, SHARD_RECORDS) // self.multiple) * self.multiple:
+        if waiting.count >= max(1, min(self.shard_bytes // size, SHARD_RECORDS) // self.multiple) * self.multiple:
             self._flush(shape)
 
     def close(self) -> None:
@@ -212,20 +215,33 @@ class Writer:
         self.store.refresh()
 
     def _flush(self, shape: tuple) -> None:
-        records = self._waiting.pop(shape)
-        if records:
-            publish(_table(records), self.store.folder)
+        publish(self._waiting.pop(shape).table(shape), self.store.folder)
 
 
-def _table(records: list[tuple[bytes, dict[str, np.ndarray]]]) -> pa.Table:
-    columns = {"key": pa.array([key for key, _ in records], pa.binary(32)),
-               "crc": pa.array([_crc(key, record) for key, record in records], pa.uint32())}
-    fields = [pa.field(name, array.type) for name, array in columns.items()]
-    for name, example in records[0][1].items():
-        flat = np.stack([record[name] for _, record in records]).reshape(-1)
-        columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), example.size)
-        fields.append(pa.field(name, columns[name].type, metadata={"shape": ",".join(map(str, example.shape))}))
-    return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields))
+class _Waiting:
+    """Records of one shape, as the bytes that their columns will have: an array object for each would take more than a small
+    record itself, and the table needs no second copy of them."""
+
+    def __init__(self):
+        self.count, self._columns = 0, defaultdict(bytearray)
+
+    def add(self, key: bytes, record: dict[str, np.ndarray]) -> None:
+        self.count += 1
+        self._columns["key"] += key
+        self._columns["crc"] += _crc(key, record).to_bytes(4, sys.byteorder)
+        for name, array in record.items():
+            self._columns[name] += array.tobytes()
+
+    def table(self, shape: tuple) -> pa.Table:
+        """shape: (name, shape, dtype) of a record's tensors."""
+        columns = [pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), self.count, [None, pa.py_buffer(self._columns["key"])]),
+                   pa.array(np.frombuffer(self._columns["crc"], np.uint32))]
+        fields = [pa.field(name, array.type) for name, array in zip(("key", "crc"), columns)]
+        for name, sides, dtype in shape:
+            flat = np.frombuffer(self._columns[name], dtype)
+            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), math.prod(sides)))
+            fields.append(pa.field(name, columns[-1].type, metadata={"shape": ",".join(map(str, sides))}))
+        return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
 def _open_shard(path: Path) -> dict[str, np.ndarray]:
