@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -104,25 +104,13 @@ def encode(spec: DataSpec, encoders_factory: Callable[[], object], *, cache_dir:
     job = _Job(spec, part, seed, resolution, facts or encoders(), Path(cache_dir), rank, world)
     report = job.found()
     if report is None:
-        with _frugal_arrow():
-            report = _build(job, encoders, barrier, progress)
+        report = _build(job, encoders, barrier, progress)
     else:
         barrier()
     barrier()
     for kind in ("failures", "looks"):  # not earlier: the others read them between the barriers
         job.heard(kind, job.rank).unlink(missing_ok=True)
     return CacheReport(**{**report, "manifest": job.manifest, "seconds": time.monotonic() - started})
-
-
-@contextmanager
-def _frugal_arrow():
-    """Arrow's default allocator, mimalloc, keeps what was freed: 15 MiB more after some thousand small tables."""
-    before = pa.default_memory_pool()
-    pa.set_memory_pool(pa.system_memory_pool())
-    try:
-        yield
-    finally:
-        pa.set_memory_pool(before)
 
 
 class _Job:
