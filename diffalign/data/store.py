@@ -10,6 +10,7 @@ store at once at worst do the same work twice. Sizes are checked at every openin
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import math
 import os
@@ -275,8 +276,26 @@ def _crc(key: bytes, record: dict[str, np.ndarray]) -> int:
 
 
 def sweep(folder: Path, prefix: str = ".tmp-") -> None:
-    """Remove what killed processes left behind; files younger than an hour may belong to one that lives."""
+    """Remove what killed processes left behind: what is younger than an hour, or locked, may belong to one that lives."""
     for path in folder.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            if time.time() - path.stat().st_mtime > STALE_SECONDS and not _locked(path):
                 path.unlink()
+
+
+def lock(path: Path) -> BinaryIO:
+    """Makes the file if need be, and keeps ``sweep`` off it while what is returned is open. Where the disk knows no locks, as
+    some network disks, its age alone does. Raises OSError."""
+    file = path.open("ab")
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def _locked(path: Path) -> bool:
+    with path.open("rb") as file, contextlib.suppress(OSError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
