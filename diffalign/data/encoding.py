@@ -13,7 +13,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -402,7 +402,7 @@ class _Encoding:
         import torch
 
         keys, images, places = zip(*self._queue.pop(bucket), strict=True)
-        mean, std = self.encoders().encode_images(torch.from_numpy(pixels(list(images))))
+        mean, std = self.encoders().encode_images(torch.from_numpy(pixels(self._whole(images))))
         mean, std = (x.detach().float().cpu().numpy().astype(self._dtype) for x in (mean, std))
         for i, key in enumerate(keys):
             if _plausible(mean[i]) and _plausible(std[i]):
@@ -416,7 +416,7 @@ class _Encoding:
             return
         keys, prompts, places = zip(*self._prompts, strict=True)
         self._prompts = []
-        tokens, pooled = self.encoders().encode_prompts(list(prompts))
+        tokens, pooled = self.encoders().encode_prompts(self._whole(prompts))
         for i, key in enumerate(keys):
             record = self._text(tokens, pooled, i)
             if all(np.isfinite(value).all() for value in record.values()):
@@ -424,6 +424,11 @@ class _Encoding:
                 self.encoded_prompts += 1
             else:
                 self._fail(key, f"{places[i]}: the text encoders' embedding of {prompts[i][:80]!r} is not finite")
+
+    def _whole(self, items: Sequence) -> list:
+        """A whole batch, the last item repeated: results are rounded otherwise in a batch of another size, and a record must not
+        depend on how many processes share the work."""
+        return [*items, *[items[-1]] * (self.job.spec.encode_batch_size - len(items))]
 
     def _text(self, tokens, pooled, i: int) -> dict[str, np.ndarray]:
         found = {"tokens": tokens} if pooled is None else {"tokens": tokens, "pooled": pooled}

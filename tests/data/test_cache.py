@@ -80,7 +80,7 @@ def test_everything_is_encoded_once(tmp_path):
     path.write_text(path.read_text() * 6)
     report, encoders = build(path, tmp_path)
     assert (report.groups, report.images, report.prompts) == (6, 2, 1)
-    assert encoders.calls == [("images", 2), ("prompts", 1)]
+    assert encoders.calls == [("images", 4), ("prompts", 4)]  # 2 and 1, in whole batches
     again, fresh = build(path, tmp_path, encoders=ToyEncoders())
     assert fresh.calls == [] and (again.encoded_images, again.groups) == (0, 6)
 

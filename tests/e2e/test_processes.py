@@ -1,7 +1,8 @@
-"""``encode`` by command, with several processes of gloo, from tables and from tars, killed and run again: always the same files."""
+"""``encode`` by command: several gloo processes, tables and tars, killed and run again: always the same records."""
 
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,8 @@ from diffalign.run import reference
 from .conftest import DATA
 
 ROOT, LIMIT = Path(__file__).parents[2], 280  # seconds, on a machine that others use too
-BLOCK = 8  # groups a file of the reference's errors
+STEPS, BLOCK = 6, 8  # of the run; groups of a step of two processes, and of a file of the reference's errors
+ERRORS = "cache/reference-*/*.arrow"
 COMMAND = f"""
 import sys
 from diffalign.cli import main
@@ -76,56 +78,79 @@ def files(folder: Path, pattern: str) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def tars(tmp_path_factory):
-    """Forty of the embedded pairs in two shards, and in a table."""
+def data(tmp_path_factory) -> Path:
+    """Twenty of the embedded pairs in two tar shards, and in a table."""
     folder = tmp_path_factory.mktemp("pairs")
-    table = pq.read_table(DATA / "train.parquet").slice(0, 40)
+    table = pq.read_table(DATA / "train.parquet").slice(0, 20)
     pq.write_table(table, folder / "pairs.parquet")
     for shard in range(2):
         with tarfile.open(folder / f"pairs-{shard}.tar", "w") as archive:
-            for number, row in enumerate(table.slice(20 * shard, 20).to_pylist()):
+            for number, row in enumerate(table.slice(10 * shard, 10).to_pylist()):
                 for name, content in (("jpg_0.png", row["jpg_0"]), ("jpg_1.png", row["jpg_1"]),
                                       ("label_0.txt", str(row["label_0"]).encode()), ("caption.txt", row["caption"].encode())):
-                    entry = tarfile.TarInfo(f"{20 * shard + number:04d}.{name}")
+                    entry = tarfile.TarInfo(f"{10 * shard + number:04d}.{name}")
                     entry.size = len(content)
                     archive.addfile(entry, io.BytesIO(content))
     return folder
 
 
-@pytest.fixture
-def recipe(small, tars, tmp_path):
-    """A function (name, file of pairs) -> recipe over a cache of its own, NAME beside it."""
-    def make(name: str, path: str) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        return small(folder, data={"path": str(tars / path), "validation": None, "cache_dir": str(folder / "cache"),
-                                   "encode_batch_size": 4}, evaluate=None)
+@pytest.fixture(scope="module")
+def recipe(small, data, tmp_path_factory):
+    """A function (name, pairs) -> recipe over a cache of its own, in a folder of that name."""
+    def make(name: str, pairs: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        return small(folder, data={"path": str(data / pairs), "validation": None, "cache_dir": str(folder / "cache"),
+                                   "encode_batch_size": 4}, evaluate=None, train={"max_train_steps": STEPS})
     return make
 
 
-def cache(file: Path) -> Cache:
-    (manifest,) = (file.parent / "cache" / "sets").glob("*.json")
-    return Cache(manifest)
+@pytest.fixture(scope="module")
+def alone(recipe) -> Path:
+    """What one process makes of the table: latents, embeddings and the reference's errors."""
+    file = recipe("alone", "pairs.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "BLOCK", BLOCK)
+        assert main(["encode", str(file), "--reference", "train.gradient_accumulation_steps=2"]) == 0
+    return file.parent
 
 
-ERRORS = "cache/reference-*/*.arrow"
+def records(folder: Path) -> list:
+    """All that training reads of the cache in the folder."""
+    (manifest,) = (folder / "cache" / "sets").glob("*.json")
+    cache = Cache(manifest)
+    return [(group.row, group.utility, cache.prompt(group.prompt), [x.tobytes() for x in cache.text(group.prompt)],
+             [x.tobytes() for image in group.images for x in cache.latent(image)]) for group in cache.groups]
 
 
-@pytest.mark.parametrize("kill", [False, True], ids=["through", "killed"])
-def test_two_processes_measure_the_reference(recipe, monkeypatch, kill):
-    """Twelve files of one process, byte for byte; also where one of the two is killed in the middle, and both run again."""
-    monkeypatch.setattr(reference, "BLOCK", BLOCK)
-    one, two = (recipe(name, "pairs.parquet") for name in ("one", "two"))
-    steps = "train.max_train_steps=12"
-    processes = started(2, "encode", two, "--reference", steps)
-    assert main(["encode", str(one), "--reference", steps, "train.gradient_accumulation_steps=2"]) == 0
-    alone = files(one.parent, ERRORS)
-    assert len(alone) == 12
-    if kill:
-        there = killed(processes, two.parent, ERRORS, 3)
-        assert 3 <= len(there) < 12 and there.items() <= alone.items()
-        processes = started(2, "encode", two, "--reference", steps)
-    said = ended(processes)
-    assert files(two.parent, ERRORS) == alone
-    measured = 8 * (12 - len(there)) if kill else 96
-    assert f"errors of 96 groups ({measured} measured now)" in said[0] and said[1] == ""
+def test_two_processes_measure_the_reference(recipe, alone):
+    """The numbers of one process to the last bit: latents, embeddings, and the files of the errors, byte for byte."""
+    file = recipe("two", "pairs.parquet")
+    said = ended(started(2, "encode", file, "--reference"))
+    assert "18 groups of 20 rows" in said[0] and "errors of 48 groups (48 measured now)" in said[0] and said[1] == ""
+    assert records(file.parent) == records(alone)
+    assert files(file.parent, ERRORS) == files(alone, ERRORS) and len(files(alone, ERRORS)) == STEPS
+
+
+def test_one_of_two_is_killed_while_they_measure(recipe, alone):
+    file = recipe("killed", "pairs.parquet")
+    shutil.copytree(alone / "cache", file.parent / "cache", ignore=shutil.ignore_patterns("reference-*"))
+    whole = files(alone, ERRORS)
+    there = killed(started(2, "encode", file, "--reference"), file.parent, ERRORS, 1)
+    assert 1 <= len(there) < STEPS and there.items() <= whole.items()
+    said = ended(started(2, "encode", file, "--reference"))
+    assert f"errors of 48 groups ({48 - BLOCK * len(there)} measured now)" in said[0]
+    assert files(file.parent, ERRORS) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_tars_killed_and_read_again(recipe, alone, size):
+    """The records of the table, whatever the number of processes, one of which is killed in the middle."""
+    file = recipe(f"tars{size}", "pairs-{0..1}.tar")
+    shards = "cache/latents-*/*.arrow"
+    there = killed(started(size, "encode", file), file.parent, shards, 2)
+    assert 2 <= len(there) < 9 and not list(file.parent.glob("cache/sets/*.json"))
+    said = ended(started(size, "encode", file))
+    assert "18 groups of 20 rows, 36 pictures" in said[0] and said[1:] == [""] * (size - 1)
+    assert records(file.parent) == records(alone) and there.items() <= files(file.parent, shards).items()
+    assert not list(file.parent.glob("cache/sets/looks-*"))
