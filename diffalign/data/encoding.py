@@ -29,7 +29,7 @@ from ..errors import DataError, ResourceError
 from ..world import Single, World, together
 from . import buckets as shapes
 from .cache import INDEX, UNCONDITIONAL, VERSION, Cache, prompt_key, short
-from .columns import ImageRef, Row, Tally, nothing_left, read_rows, refuse_or_skip, source_path
+from .columns import ImageRef, Row, Tally, files_below, nothing_left, read_rows, refuse_or_skip, source_path
 from .images import decode, pixels, probe
 from .ledger import Ledger
 from .spec import DataSpec
@@ -145,12 +145,13 @@ class _Job:
                 spec.validation_share, seeded]
 
     def found(self) -> dict | None:
-        """The report of an earlier build, if it is whole and its source has not changed."""
+        """The report of an earlier build, if it is whole and its source has not changed. Rank 0 asks for the files' dates: so
+        many calls to a shared disk are enough once."""
         if not self.sure:
             return None
         try:
             cache = Cache(self.manifest)
-            unchanged = all(_stat(path) == (size, mtime) for path, size, mtime in cache.files())
+            unchanged = self.world.rank > 0 or all(_stat(path) == (size, mtime) for path, size, mtime in cache.files())
         except DataError:
             return None
         return {**cache.report, "encoded_images": 0, "encoded_prompts": 0} if unchanged else None
@@ -426,7 +427,7 @@ class _Encoding:
                 self._fail(key, f"{places[i]}: the text encoders' embedding of {prompts[i][:80]!r} is not finite")
 
     def _whole(self, items: Sequence) -> list:
-        """A whole batch, the last item repeated: results are rounded otherwise in a batch of another size, and a record must not
+        """A whole batch, the last item repeated: a batch of another size is rounded in another way, and a record must not
         depend on how many processes share the work."""
         return [*items, *[items[-1]] * (self.job.spec.encode_batch_size - len(items))]
 
@@ -584,7 +585,7 @@ def _source(spec: DataSpec, part: str) -> tuple[list, bool]:
         if local.is_file():
             return [str(local.resolve()), *_stat(local)], True
         if local.is_dir():
-            tables = sorted(path for path in local.rglob("*") if path.suffix in TABLES)
+            tables = sorted(files_below(local, TABLES))
             return [str(local.resolve()), split, [[str(p.relative_to(local)), *_stat(p)] for p in tables]], True
         if archives := shards(path):
             return [[str(Path(name).resolve()), *_stat(Path(name))] for name in archives], True

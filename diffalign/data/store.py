@@ -3,7 +3,7 @@
 A shard is one Arrow IPC file, memory-mapped, read without copying. Its name holds its own size and SHA-256, so a shard says
 by itself whether it is whole; it is written aside, flushed to the disk and renamed, so two processes that build the same
 store at once at worst do the same work twice. Sizes are checked at every opening, hashes too while the shards are below
-4 GiB, and every record carries a CRC-32 that is checked when a process first reads it. A shard that fails is renamed to
+256 MiB, and every record carries a CRC-32 that is checked when a process first reads it. A shard that fails is renamed to
 ``.corrupt`` and reported: its records are then missing, and encoded again.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 32 << 20
 SHARD_RECORDS = 4096  # so that a shard which waits to be written takes about its own bytes, however small its records
-FULL_CHECK_BYTES = 4 << 30
+FULL_CHECK_BYTES = 256 << 20  # hashed in a fraction of a second: the time of opening must not grow with the data
 OPEN_SHARDS = 256  # each holds a file handle
 _hashed: set[tuple[str, int, int]] = set()  # files this process has hashed, as (path, size, time of change)
 STALE_SECONDS = 3600
@@ -140,8 +140,8 @@ class Shards:
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open)
 
     def damaged(self) -> list[str]:
-        """Names of the shards that are gone or not whole; a flipped bit is seen here while all are below 4 GiB, else when its
-        record is read."""
+        """Names of the shards that are gone or not whole; a flipped bit is seen here while all are below 256 MiB, else when
+        its record is read."""
         full = sum(map(_size, self.paths)) <= FULL_CHECK_BYTES
         return [path.name for path in self.paths if not intact(path, full)]
 
