@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..evaluate.monitor import MonitorSpec, with_defaults
 from ..likelihood import CodeLikelihood, DenoisingELBO, LatentScores, MaskedELBO, Transitions
 from ..methods import Context, Preference, Probe
-from ..models.base import Denoiser, compile_blocks, enable_gradient_checkpointing, uncompile
+from ..models.base import Denoiser, compile_blocks, enable_gradient_checkpointing, narrow_norms, uncompile
 from ..models.latent_reward import from_denoiser
 from ..models.load import encoder_facts, inspect, is_distilled, load_encoders
 from ..models.load import load_denoiser as load_picture_denoiser
@@ -275,6 +275,8 @@ def base_of(recipe: Recipe, accelerator) -> Denoiser:
     """The model that training starts from, as it computes."""
     denoiser = denoiser_of(recipe, dtype=precision_of(recipe)[1], device=accelerator.device)
     _attention(denoiser, recipe)
+    if recipe.train.mixed_precision == "bf16":
+        narrow_norms(denoiser)
     return denoiser
 
 
