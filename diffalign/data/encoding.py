@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from .. import rng
-from ..errors import DataError, ResourceError
+from ..errors import DataError, ResourceError, UserError
 from ..world import Single, World, together
 from . import buckets as shapes
 from .cache import INDEX, UNCONDITIONAL, VERSION, Cache, prompt_key, short
@@ -178,7 +178,7 @@ def _build(job: _Job, encoders: Callable, progress: bool) -> dict:
         try:
             work = _Encoding(job, ledger, encoders)
             _scan(job, ledger, work, tally, looks, progress)
-        except (DataError, ResourceError) as error:
+        except UserError as error:
             if job.world.size == 1:
                 raise
             fatal = str(error)
