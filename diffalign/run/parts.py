@@ -221,8 +221,7 @@ def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
 
     for part in ("train", "validation") if data.has_validation(spec) else ("train",):
         report = data.encode(spec, encoders, cache_dir=cache_dir(recipe), resolution=resolution, seed=recipe.seed, part=part,
-                             facts=facts, rank=world.rank, world=world.size, barrier=world.barrier,
-                             progress=accelerator.is_main_process)
+                             facts=facts, world=world, progress=accelerator.is_main_process)
         say(report.summary())
         for name in report.bad:
             say(f"  skipped {name}")
