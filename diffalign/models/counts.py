@@ -9,13 +9,12 @@ import copy
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 
 from ..types import Cond
 from .base import Denoiser, unwrap
@@ -90,7 +89,9 @@ def _imitated(denoiser: Denoiser, dtype: torch.dtype):
 
     denoiser = copy.copy(denoiser)
     denoiser.module = copy.deepcopy(unwrap(denoiser.module))
-    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32), _WideNorms():
+    if dtype != torch.float32:
+        _widen(denoiser.module)
+    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         _imitate(denoiser.module)
         yield denoiser
 
@@ -108,16 +109,18 @@ def peak_bytes(denoiser: Denoiser, rows: int, height: int, width: int, *, dtype:
     return tracker.peak
 
 
-class _WideNorms(TorchFunctionMode):
-    """What autocast does to norms on CUDA, and not on the CPU: float32 in and out."""
+def _widen(module: nn.Module) -> None:
+    """What autocast does to norms on CUDA, and not on the CPU: float32 in and out. It stays with the layers, as those that
+    checkpointing runs again must be what they were in the forward pass, and no mode is on in a backward pass.
+    """
+    for layer in module.modules():
+        if type(layer) in (nn.GroupNorm, nn.LayerNorm):
+            layer.float().forward = partial(_wide, layer.forward)
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in (F.group_norm, F.layer_norm) and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
-            with torch.autocast("cpu", enabled=False):
-                return function(*args, **kwargs)
-        return function(*args, **kwargs)
+
+def _wide(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return forward(x.float())
 
 
 class _Peak(TorchDispatchMode):

@@ -75,6 +75,14 @@ def test_selective_checkpointing_is_offered_where_it_is_enough():
     assert found.instead(kept - 1)[-1]["options"] == ["train.gradient_checkpointing=true"]
 
 
+@pytest.mark.parametrize("how", ["true", "selective"])
+def test_checkpointing_in_float16_can_be_counted(how):
+    """There CUDA's autocast has norms in float32, when they are run again too."""
+    kept, again = (plan(load_recipe(TINY, ["train.mixed_precision=fp16", f"train.gradient_checkpointing={value}"]))
+                   for value in ("false", how))
+    assert again["memory_bytes"]["activations"] < kept["memory_bytes"]["activations"]
+
+
 @pytest.mark.parametrize("words, message", [
     ((TINY, "--gpu", "voodoo"), "--gpu: no card called 'voodoo'; known are b200, h200"),
     ((TINY, "--gpus", "0"), "--gpus must be at least 1"),
