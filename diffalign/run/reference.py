@@ -31,7 +31,7 @@ from ..types import Batch
 from ..world import Single, raise_together, world_of
 from . import parts
 
-VERSION = 1  # of everything that decides a number and is not in the identity: order, keys, noising, the error itself
+VERSION = 2  # of everything that decides a number and is not in the identity: order, keys, noising, norms, the error itself
 BLOCK = 1024  # groups a file, in whole steps: what a killed build loses at most, a process
 ROUNDING = {"no": 1e-3, "bf16": 3e-2, "fp16": 1e-2}  # largest relative difference of an error that other kernels may make
 

@@ -160,8 +160,7 @@ def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accele
 
 
 def _likelihood_before(recipe: Recipe, bank: WeightBank, cache, accelerator):
-    """Where training kept no base to measure: read it again, once, after training."""
+    """Where training kept no base to measure: read it again, once, after training, to compute as the policy does."""
     del bank
-    base = WeightBank.build(parts.denoiser_of(recipe, device=accelerator.device), recipe.model.lora, reads=("policy",),
-                            seed=recipe.seed)
+    base = WeightBank.build(parts.base_of(recipe, accelerator), recipe.model.lora, reads=("policy",), seed=recipe.seed)
     return _measure(recipe, parts.method_of(recipe), base, cache, accelerator)
