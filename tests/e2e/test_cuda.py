@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from diffalign.cli import main
 from diffalign.models import LoRA
-from diffalign.models.base import enable_gradient_checkpointing
+from diffalign.models.base import enable_gradient_checkpointing, narrow_norms
 from diffalign.models.counts import inputs, peak_bytes
 from diffalign.models.published import SDXL_SCHEDULER, SDXL_UNET, on_meta
 from diffalign.models.weights import WeightBank
@@ -24,8 +24,12 @@ def trained(small, folder, **train) -> tuple[list[float], dict]:
     folder.mkdir(exist_ok=True)
     file = small(folder, train={"cpu": False, **train}, evaluate=None)
     assert main(["train", str(file)]) == 0
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line], load_file(folder / "run" / "pytorch_lora_weights.safetensors")
+    return losses_of(folder), load_file(folder / "run" / "pytorch_lora_weights.safetensors")
+
+
+def losses_of(folder) -> list[float]:
+    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]  # there are lines of the validation too
 
 
 def apart(a: dict, b: dict) -> float:
@@ -43,21 +47,28 @@ def test_losses_are_the_cpus(small, tmp_path):
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 def test_policy_and_reference_agree_at_the_start(small, tmp_path, precision, checkpointing):
-    losses, _ = trained(small, tmp_path / "run", mixed_precision=precision, gradient_checkpointing=checkpointing)
+    """Twelve steps: the first of float16 may overflow, each of which halves the scale and moves nothing."""
+    losses, _ = trained(small, tmp_path / "run", max_train_steps=12, mixed_precision=precision,
+                        gradient_checkpointing=checkpointing)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and all(map(math.isfinite, losses)) and len(set(losses)) > 1
 
 
 def test_a_full_fine_tune_agrees_at_the_start_too(small, tmp_path):
     file = small(tmp_path, train={"cpu": False, "mixed_precision": "bf16"}, model={"lora": None}, evaluate=None)
     assert main(["train", str(file)]) == 0
-    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses_of(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_a_resumed_run_is_the_uncut_one(small, tmp_path, monkeypatch):
+@pytest.fixture
+def same_sums(monkeypatch):
+    """Kernels that add up in the same order every time: attention's backward otherwise adds where a block happens to end."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_resumed_run_is_the_uncut_one(small, tmp_path, same_sums):
     (tmp_path / "cut").mkdir()
     _, whole = trained(small, tmp_path / "whole")
     trained(small, tmp_path / "cut", max_train_steps=2)
@@ -86,7 +97,8 @@ def test_a_step_waits_for_the_device_once(small, tmp_path):
                 return step(self)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-                waits.extend(str(w.message) for w in caught if "synchroniz" in str(w.message))
+                # the mode's own notice, that it is a prototype, speaks of synchronizing operations too
+                waits.extend(str(w.message) for w in caught if "called a synchronizing" in str(w.message))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer._Trainer, "_step", watched)
@@ -105,6 +117,7 @@ def test_a_full_size_pair(checkpointing, most):
     """SDXL at 1024x1024, LoRA r64, bfloat16: below what was promised, and the activations as planned within 15 %."""
     def built(device):
         denoiser = on_meta("sdxl", SDXL_UNET, SDXL_SCHEDULER, dtype=torch.bfloat16)
+        narrow_norms(denoiser)
         if device != "meta":
             denoiser.module.to_empty(device=device)
             for p in denoiser.module.parameters():
