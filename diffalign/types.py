@@ -21,8 +21,13 @@ def carried(x: Tensor, device: torch.device | str) -> Tensor:
     """
     device = torch.device(device)
     if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
+        x = pinned(x)
     return x.to(device, non_blocking=device.type != "cpu")
+
+
+def pinned(x: Tensor) -> Tensor:
+    """x in memory that a CUDA device reads by itself. Of an expanded tensor all elements: torch refuses to pin such a one."""
+    return x.contiguous().pin_memory()
 
 
 class _Movable:

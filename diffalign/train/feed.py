@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..types import Batch
+from ..types import Batch, pinned
 
 
 class Source(Protocol):
@@ -60,7 +60,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def _pinned(value):
     if isinstance(value, Tensor):
-        return value.pin_memory()
+        return pinned(value)
     if isinstance(value, dict):
         return {name: _pinned(item) for name, item in value.items()}
     if is_dataclass(value):

@@ -5,6 +5,9 @@ bf16 keeps 8 bits: 999 becomes 1000 and 1023 becomes 1024, so a cast too early f
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +15,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from diffalign.config import load_recipe
 from diffalign.models import narrow_norms
+from diffalign.run import parts
 from diffalign.types import Cond
 
 from . import tiny
@@ -103,3 +108,15 @@ def test_narrow_norms_are_those_of_the_stock_model_in_bfloat16(folders, family):
     assert seen and {out for _, out in seen} == {torch.bfloat16}
     torch.testing.assert_close(narrow.float(), stock.float(), atol=0.02, rtol=0.02)
     assert denoiser.module.state_dict().keys() == tiny.load_denoiser(tiny.spec(folders(family))).module.state_dict().keys()
+
+
+def test_the_base_is_measured_as_the_policy_computes(monkeypatch):
+    """Read again after training, where it was not kept: else "before" and "after" would differ by their norms."""
+    train = importlib.import_module("diffalign.run.train")
+    recipe = load_recipe("configs/quickstart.yaml", ["train.mixed_precision=bf16", "objective={kind: mapo}", "train.cpu=true"])
+    monkeypatch.setattr(train, "_measure", lambda recipe, method, bank, cache, accelerator: bank)
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    base = train._likelihood_before(recipe, None, None, accelerator).denoiser
+    norms = [[type(layer) for layer in denoiser.module.modules() if isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm))]
+             for denoiser in (base, parts.base_of(recipe, accelerator))]
+    assert norms[0] == norms[1] and torch.nn.GroupNorm not in norms[0] and base.dtype == torch.bfloat16

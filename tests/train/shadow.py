@@ -137,7 +137,7 @@ def _copy(source, target, non_blocking=False):
 
 def _pin(x: torch.Tensor, device=None) -> torch.Tensor:
     if x.untyped_storage().data_ptr() not in _pinned:
-        x = x.clone()
+        x = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage().clone(), 0, x.shape, x.stride()).copy_(x)  # as torch does
         _pinned[x.untyped_storage().data_ptr()] = x
     return x
 

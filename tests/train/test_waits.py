@@ -14,8 +14,9 @@ from diffalign.likelihood import DenoisingELBO
 from diffalign.methods import Preference
 from diffalign.objectives import KTO, SFT, AllPairs, MaPO, Pairwise, PlackettLuce
 from diffalign.train import trainer
+from diffalign.types import pinned
 
-from . import toy
+from . import shadow, toy
 
 NAMES = ("item", "tolist", "numpy", "cpu", "nonzero", "unique", "__bool__", "__int__", "__float__", "__index__")
 ASKS = {getattr(torch.Tensor, name) for name in NAMES} | {torch.nonzero, torch.unique, torch.equal}
@@ -97,3 +98,13 @@ def test_the_count_sees_a_wait(counted):
             return loss
     asked, _ = counted(Asks(DenoisingELBO(), Pairwise(beta=100)))
     assert asked == ["__bool__", "__getitem__", "tolist"]
+
+
+def test_expanded_tensors_are_pinned_whole(monkeypatch):
+    """torch copies into memory of the same strides, and refuses where elements share it."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", shadow._pin)
+    rows = torch.arange(6.0).view(2, 3)
+    for x in (rows[:, 1:], rows.t(), rows[:1].expand(4, 3)):
+        assert torch.equal(pinned(x), x)
+    with pytest.raises(RuntimeError, match="more than one element"):
+        rows[:1].expand(4, 3).pin_memory()
