@@ -14,7 +14,7 @@ from ..config import OF_PICTURES, Evaluation, Recipe, check_layout
 from ..data.prompts import read_prompts
 from ..data.sources import Online, Sampled, Stored
 from ..data.stepwise import Stepwise, StepwiseSource
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..evaluate.monitor import MonitorSpec, with_defaults
 from ..likelihood import CodeLikelihood, DenoisingELBO, LatentScores, MaskedELBO, Transitions
 from ..methods import Context, Preference, Probe
@@ -405,6 +405,7 @@ def _attention(denoiser: Denoiser, recipe: Recipe) -> None:
         return
     try:
         denoiser.module.enable_xformers_memory_efficient_attention()
-    except (ImportError, ModuleNotFoundError, ValueError) as error:
-        raise ConfigError(f"train.enable_xformers_memory_efficient_attention: xformers cannot be used here ({error}); "
-                          "run `pip install 'diffalign[xformers]'` on a machine with CUDA, or set it to false") from None
+    except (ImportError, ValueError, RuntimeError) as error:  # RuntimeError: it has no kernel for this card
+        raise ConfigError("train.enable_xformers_memory_efficient_attention: xformers cannot be used here "
+                          f"({first_line(error)}); run `pip install 'diffalign[xformers]'` on a machine with CUDA, or set it "
+                          "to false") from None
