@@ -103,16 +103,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quiet_libraries() -> None:
-    """Bars and notices of loading belong to the libraries' own users. Whoever sets these variables keeps the last word."""
+    """Bars and notices of loading belong to the libraries' own users. Whoever sets these variables keeps the last word. No
+    library is imported for it: they read them themselves."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from . import _compat  # noqa: F401  (before diffusers)
-    from diffusers.utils import logging as diffusers_logging  # isort: skip
-    from transformers.utils import logging as transformers_logging  # isort: skip
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
-from scipy.stats import t as student
+import scipy  # its parts load on first use
 
 from .medium import PICTURES, Medium
 from .statistics import FEWEST
@@ -236,7 +236,7 @@ def _interval(rows: np.ndarray, level: float) -> tuple[float, float, float]:
 @cache
 def _quantile(level: float, count: int) -> float:
     """Student's, two-sided, of a mean of ``count`` values."""
-    return float(student.ppf(0.5 + level / 2, max(1, count - 1)))
+    return float(scipy.stats.t.ppf(0.5 + level / 2, max(1, count - 1)))
 
 
 def _change(scores: np.ndarray | None, level: float) -> Change | None:

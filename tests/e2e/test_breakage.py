@@ -252,6 +252,25 @@ def test_other_processes_stay_silent_about_a_shared_error(tmp_path, monkeypatch,
     assert waits == [cli.GRACE]
 
 
-def test_the_package_imports_no_torch():
-    code = "import diffalign, diffalign.cli, sys; assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+# --- what a command does not need, it does not wait for ---
+
+IMPORTED = """
+import sys
+from diffalign.cli import main
+def first(names): return sorted({name.split(".")[0] for name in sys.modules} & set(names))
+try: main(["--help"])
+except SystemExit: pass
+assert not first(["torch", "numpy", "diffusers", "yaml"])
+heavy = ["diffusers", "transformers", "accelerate", "peft", "datasets", "pandas", "sklearn", "matplotlib", "httpx"]
+for words, code in ((["train", sys.argv[1], "train.stepz=3"], 2), (["check", sys.argv[1]], 0)):
+    assert main(words) == code
+    assert not first(heavy), (words, first(heavy))
+    slow = [f"scipy.{part}" for part in ("stats", "optimize", "ndimage", "sparse", "special", "io", "signal")]
+    assert not set(slow) & set(sys.modules), words
+"""
+
+
+def test_help_a_wrong_option_and_check_import_no_heavy_library(small, tmp_path):
+    done = subprocess.run([sys.executable, "-c", IMPORTED, str(small(tmp_path))], env=ENVIRONMENT, timeout=60, text=True,
+                          stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr[-2000:]
