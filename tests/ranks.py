@@ -1,5 +1,5 @@
-"""Several processes of one run, on loopback. They are forked from a server that has imported the libraries once: processes of
-their own, as a launcher starts them, would each spend some ten seconds of a core on that."""
+"""Processes to be killed, and several of one run, on loopback. They are forked from a server that has imported the libraries
+once: programs of their own, as a launcher starts them, would each spend some five seconds of a core on that."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -25,17 +26,26 @@ def join(folder: Path, rank: int, world: int, **variables: str) -> None:
                             timeout=timedelta(seconds=150))
 
 
-def together(function: Callable[..., int | None], *args, folder: Path, world: int = 2, limit: float = 240,
-             **variables: str) -> list[str]:
-    """``function(*args)``, which a module names, in every process; an integer that it returns is the exit code. What each
-    printed, when all have ended with 0. folder: an empty one, or one without a meeting point.
+def start(function: Callable[..., int | None], *args, said: Path, before: Callable[[], None] | None = None):
+    """``function(*args)``, which a module names, in a process; an integer that it returns is the exit code. said: file for
+    what it prints. before: a function that a module names, called first. Its caller ends it.
     """
     import torch
 
-    told = os.getcwd(), dict(os.environ), torch.get_num_threads(), variables
-    ranks = [SERVER.Process(target=_rank, args=(function, args, folder, rank, world, told)) for rank in range(world)]
-    for process in ranks:
-        process.start()
+    process = SERVER.Process(target=_run, args=(function, args, said, before, os.getcwd(), dict(os.environ),
+                                                torch.get_num_threads()))
+    process.start()
+    return process
+
+
+def together(function: Callable[..., int | None], *args, folder: Path, world: int = 2, limit: float = 240,
+             **variables: str) -> list[str]:
+    """``function(*args)`` in every process of a run. What each printed, when all have ended with 0. folder: one without a
+    meeting point. variables: of the environment.
+    """
+    said = [folder / f"rank-{rank}.txt" for rank in range(world)]
+    ranks = [start(function, *args, said=said[rank], before=partial(join, folder, rank, world, **variables))
+             for rank in range(world)]
     try:
         for process in ranks:
             process.join(limit)
@@ -43,21 +53,21 @@ def together(function: Callable[..., int | None], *args, folder: Path, world: in
         for process in ranks:
             process.kill()
             process.join()
-    said = [(folder / f"rank-{rank}.txt").read_text(errors="replace") for rank in range(world)]
-    assert [process.exitcode for process in ranks] == [0] * world, [text[-2000:] for text in said]
-    return said
+    texts = [file.read_text(errors="replace") for file in said]
+    assert [process.exitcode for process in ranks] == [0] * world, [text[-2000:] for text in texts]
+    return texts
 
 
-def _rank(function, args, folder, rank, world, told) -> None:
+def _run(function, args, said, before, place, environment, threads) -> None:
     import torch
 
-    place, environment, threads, variables = told
     os.chdir(place)
     os.environ.clear()
     os.environ.update(environment)
-    with open(folder / f"rank-{rank}.txt", "wb") as file:
+    with open(said, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(threads)
-    join(folder, rank, world, **variables)
+    if before is not None:
+        before()
     sys.exit(function(*args))
