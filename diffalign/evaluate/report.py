@@ -10,6 +10,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -195,13 +196,20 @@ def grid_page(title: str, comparison: Comparison) -> str:
                    strengths=clean(_strengths(comparison)), strength_labels=_strength_labels(comparison))
 
 
-def render(template: str, **values) -> str:
+@cache
+def _templates() -> Environment:
+    """Once a process: to compile them takes longer than to fill them in."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "score": _score, "duration": _duration, "picture": _data_uri,
                             "player": player, "count": lambda n: "not known" if n is None else f"{n:,}",
                             "p_value": _p_value,
                             "signed": lambda x: "not known" if x is None else f"{x:+.2f}"}
+    return environment
+
+
+def render(template: str, **values) -> str:
+    environment = _templates()
     script = environment.get_template("report.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # the policy lets exactly this script run: a prompt that slipped through the escaping still could not

@@ -6,6 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from .. import warm  # noqa: F401
+
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "assets" / "tiny-sdxl"
 DATA = ROOT / "assets" / "preferences"
