@@ -233,13 +233,14 @@ def test_pictures_larger_than_any_memory(copy, capsys):
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-@pytest.mark.parametrize("redirection", [">&- 2>&-", "2>&1 | true", ">/dev/full 2>/dev/full"])
-def test_nobody_listens(copy, redirection):
+@pytest.mark.parametrize("command, redirection", [("check", ">&- 2>&-"), ("train", "2>&1 | true"),
+                                                  ("check", ">/dev/full 2>/dev/full")])
+def test_nobody_listens(copy, command, redirection):
     """A closed terminal, a reader that left, a full disk behind a redirection: the run goes on to its end."""
     file, run = copy
-    command = f"{sys.executable} -m diffalign train {file} train.max_train_steps=4 {redirection}; exit ${{PIPESTATUS[0]}}"
-    assert subprocess.run(["bash", "-c", command], env=ENVIRONMENT, timeout=120).returncode == 0
-    assert json.loads((run / "train.json").read_text())["step"] == 4
+    words = f"{sys.executable} -m diffalign {command} {file} train.max_train_steps=4 {redirection}; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", words], env=ENVIRONMENT, timeout=120).returncode == 0
+    assert (run / "check.html").exists() if command == "check" else json.loads((run / "train.json").read_text())["step"] == 4
 
 
 def test_other_processes_stay_silent_about_a_shared_error(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import import_module
 
 import pytest
 
@@ -14,6 +16,24 @@ from diffalign.config import load_recipe
 from diffalign.run.plan import GIB, plan
 
 TINY = "configs/quickstart.yaml"
+module = import_module("diffalign.run.plan")  # whose name in diffalign.run is the function's
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once():
+    """Counts of a model are shared by the tests of this file: seconds each, and the same for every batch and optimizer."""
+    real, known, patch = module._counted, {}, pytest.MonkeyPatch()
+
+    def counted(recipe, layout, side):
+        batch = dict(train_batch_size=1, gradient_accumulation_steps=1, max_train_steps=1, optimizer="adamw")
+        key = repr((replace(recipe, train=replace(recipe.train, **batch)), layout, side))
+        if key not in known:
+            known[key] = real(recipe, layout, side)
+        return known[key]
+
+    patch.setattr(module, "_counted", counted)
+    yield
+    patch.undo()
 
 
 def planned(tmp_path, *words):
