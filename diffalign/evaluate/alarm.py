@@ -159,13 +159,20 @@ class Alarm:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def verdict(self) -> str:
+        """"alarm", "no alarm", or "not enough prompts" to say either."""
+        return "alarm" if self.fired else "no alarm" if self.prompts >= FEWEST else "not enough prompts"
+
+    @property
     def sentence(self) -> str:
         """One line for people."""
         if self.fired:
             more = [f"and {len(self.reasons) - TOLD} more"] if len(self.reasons) > TOLD else []
             rise = f"while {_moved('the training reward', self.training)}, " if self.training else ""
             return f"Reward hacking: {rise}{'; '.join([*self.reasons[:TOLD], *more])}."
-        return "No sign of reward hacking." if self.prompts >= FEWEST else f"No alarm: {'; '.join(self.notes)}."
+        if self.prompts < FEWEST:
+            return f"No verdict on reward hacking: {'; '.join(self.notes)}."
+        return "No sign of reward hacking."
 
 
 def alarm(looks: np.ndarray, *, training: np.ndarray | None = None, judge: np.ndarray | None = None,

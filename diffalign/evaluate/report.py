@@ -82,8 +82,9 @@ def write_report(folder: Path | str, run: Run, comparison: Comparison | None) ->
 def build(run: Run, comparison: Comparison | None) -> dict[str, Any]:
     """What report.json holds; all numbers finite or null.
 
-    ``alarm``: what the comparison's alarm says of the main model, null where none was asked: fired (true or false), reasons
-    and notes (sentences), statistics (rows of name, base, aligned, band_low, band_high, left: the band is the base's).
+    ``alarm``: what the comparison's alarm says of the main model, null where none was asked: fired (true or false), verdict
+    ("alarm", "no alarm", "not enough prompts"), reasons and notes (sentences), statistics (rows of name, base, aligned,
+    band_low, band_high, left: the band is the base's).
     """
     result = comparison.statistics if comparison is not None else None
     names = ("base_score", "aligned_score", "win_rate", "win_rate_low", "win_rate_high")
@@ -280,7 +281,7 @@ def _models(comparison: Comparison | None) -> dict[str, dict]:
 
 def _alarm(comparison: Comparison, name: str) -> dict[str, Any]:
     found = comparison.alarms[name]
-    return {**asdict(found), "sentence": found.sentence}
+    return {**asdict(found), "verdict": found.verdict, "sentence": found.sentence}
 
 
 def _rewards(comparison: Comparison | None) -> dict[str, dict]:
