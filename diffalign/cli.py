@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 
 from . import __version__
 from .errors import UserError
@@ -104,12 +105,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _quiet_libraries() -> None:
     """Bars and notices of loading belong to the libraries' own users. Whoever sets these variables keeps the last word. No
-    library is imported for it: they read them themselves."""
+    library is imported for it: they read them when they are."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
+    for library in {"diffusers", "transformers"} & set(sys.modules):  # of a program that calls ``main``
+        import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
