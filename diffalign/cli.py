@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             switches = {name: getattr(args, name) for name, *_ in (*command.switches, *command.settings)}
             spec = getattr(config, command.load)(*given, args.overrides)
             with world.left_in_order():
-                getattr(run, args.command.replace("-", "_"))(spec, printer=print, **switches)
+                getattr(run, args.command.replace("-", "_"))(spec, printer=_printed, **switches)
             return 0
         except UserError as error:
             if args.debug:
@@ -152,9 +152,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
 
 
+def _tame(text: str) -> str:
+    """Text that steers no terminal: prompts and names of files and of archives' members may hold anything."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def _line(text: str) -> str:
-    """One line that steers no terminal: names of files and of archives' members may hold anything."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
+    return _tame(" ".join(text.split()))
+
+
+def _printed(text: str) -> None:
+    print(_tame(text))
 
 
 def _say_once(text: str) -> None:

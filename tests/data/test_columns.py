@@ -265,3 +265,22 @@ def test_users_are_text(tmp_path):
     path = pickapic(tmp_path / "b.parquet", [1.0] * 2, user=["7", ""])
     assert [row.user for row in read(path)] == ["7", None]
     assert [row.user for row in read(pickapic(tmp_path / "c.parquet", [1.0]))] == [None]
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """``datasets`` is then told to look into its cache alone, for this call."""
+    asked, offline = [], []
+
+    def unreachable(self, name, **_):
+        asked.append(name)
+        raise OSError("Name or service not known")
+
+    def cached(*_, **__):
+        offline.append(datasets.config.HF_HUB_OFFLINE)
+        raise ConnectionError("nothing there")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", cached)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(DataError, match="owner/name: no such file or folder here, .* cannot be reached .Name or service"):
+        list(read_rows(spec("owner/name"), Tally()))
+    assert asked == ["owner/name"] and offline == [True] and datasets.config.HF_HUB_OFFLINE is False

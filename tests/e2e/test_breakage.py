@@ -243,6 +243,14 @@ def test_nobody_listens(copy, command, redirection):
     assert (run / "check.html").exists() if command == "check" else json.loads((run / "train.json").read_text())["step"] == 4
 
 
+def test_what_is_printed_steers_no_terminal(small, tmp_path, monkeypatch, capsys):
+    """Prompts and names of files may hold escape sequences; \x9b begins one, too."""
+    from diffalign import run
+    monkeypatch.setattr(run, "check", lambda spec, printer: printer("a \x1b[2Jprompt \x9b31m\u202e\r\nof \u00e9"))
+    assert main(["check", str(small(tmp_path))]) == 0
+    assert capsys.readouterr().out == "a \ufffd[2Jprompt \ufffd31m\ufffd\ufffd\nof \u00e9\n"
+
+
 def test_other_processes_stay_silent_about_a_shared_error(tmp_path, monkeypatch, capsys):
     """Rank 0 says it; another rank waits for the launcher to end it, and speaks only if it is still there."""
     from diffalign import cli
