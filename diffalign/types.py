@@ -10,7 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
+import torch
 from torch import Tensor
+
+
+def carried(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on ``device``: on its way there without waiting, back on the CPU once it has arrived, as the next line may read it.
+
+    CUDA copies pageable memory after all that was queued before, and the host waits for that: such tensors are pinned first.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=device.type != "cpu")
 
 
 class _Movable:
@@ -18,14 +30,16 @@ class _Movable:
 
     __slots__ = ()
 
-    def to(self, device, non_blocking: bool = True):
-        return replace(self, **{f.name: _move(getattr(self, f.name), device, non_blocking) for f in fields(self)})
+    def to(self, device: torch.device | str):
+        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
 
 
-def _move(value, device, non_blocking):
+def _move(value, device):
     if isinstance(value, dict):
-        return {name: _move(item, device, non_blocking) for name, item in value.items()}
-    return value.to(device, non_blocking=non_blocking) if isinstance(value, (Tensor, _Movable)) else value
+        return {name: _move(item, device) for name, item in value.items()}
+    if isinstance(value, _Movable):
+        return value.to(device)
+    return carried(value, device) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +125,7 @@ class Batch(_Movable):
 
     @property
     def labels(self) -> Batch:
-        """Where utility, valid and soft can be asked for indices without stopping the device."""
+        """Where utility, valid, soft and masks can be asked for indices without stopping the device."""
         return self.host or self
 
     @property
@@ -138,7 +152,8 @@ class Noised(_Movable):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Masked(_Movable):
-    """Text with masked tokens. x0, xt: [N, L] int64, before and after; masked: [N, L] bool, where they differ in kind.
+    """Text with masked tokens. x0, xt: [N, L] int64, before and after; masked: [N, L] bool, where they differ in kind; places:
+    [M] int64, where those lie in the rows put end to end: how many there are, a device would have to be waited for.
 
     t: [N] float32, the share of the answer that is masked, or its expectation. weight: [N] float32, what the summed
     log-probabilities of the masked tokens are multiplied by to estimate the bound on the answer's log-likelihood.
@@ -147,6 +162,7 @@ class Masked(_Movable):
     x0: Tensor
     xt: Tensor
     masked: Tensor
+    places: Tensor
     t: Tensor
     weight: Tensor
 

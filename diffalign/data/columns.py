@@ -22,7 +22,8 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -499,6 +500,16 @@ def source_path(spec: DataSpec, part: str) -> tuple[str, str]:
     return spec.path, spec.split
 
 
+def files_below(folder: Path | str, suffixes: Collection[str]) -> Iterator[Path]:
+    """Files with these endings, in no order. ``Path.rglob`` would hold the names of all pictures of a folder in memory."""
+    with suppress(PermissionError), os.scandir(folder) as entries:
+        for entry in entries:
+            if os.path.splitext(entry.name)[1] in suffixes:
+                yield Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                yield from files_below(entry.path, suffixes)
+
+
 def _records(spec: DataSpec, part: str) -> Iterator[tuple[int, str, Path | None, dict | DataError]]:
     path, split = source_path(spec, part)
     archives = tars.shards(path)
@@ -663,7 +674,7 @@ def _files(path: str, split: str, spec: DataSpec) -> list[str]:
     folder = Path(path)
     if not folder.is_dir() and not _is_hub(path):
         return []
-    if folder.is_dir() and not any(file.suffix in (".tar", ".parquet") for file in folder.rglob("*")):
+    if folder.is_dir() and next(files_below(folder, (".tar", ".parquet")), None) is None:
         return []
     found = datasets.load_dataset_builder(path, name=spec.name, revision=spec.revision).config.data_files or {}
     kinds = {Path(file).suffix for files in found.values() for file in files}

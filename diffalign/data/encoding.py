@@ -12,8 +12,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -24,10 +25,11 @@ import numpy as np
 import pyarrow as pa
 
 from .. import rng
-from ..errors import DataError, ResourceError
+from ..errors import DataError, ResourceError, UserError
+from ..world import Single, World, together
 from . import buckets as shapes
 from .cache import INDEX, UNCONDITIONAL, VERSION, Cache, prompt_key, short
-from .columns import ImageRef, Row, Tally, nothing_left, read_rows, refuse_or_skip, source_path
+from .columns import ImageRef, Row, Tally, files_below, nothing_left, read_rows, refuse_or_skip, source_path
 from .images import decode, pixels, probe
 from .ledger import Ledger
 from .spec import DataSpec
@@ -35,7 +37,8 @@ from .store import Store, Writer, publish_batches, sweep, write_aside
 from .tars import shards
 
 TABLES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".ndjson", ".tar")
-BLOCK = 4096  # rows of a table that are in memory while it is written
+BLOCK, PIECE = 4096, 64  # rows of a table that are in memory while it is written: as Arrow's columns, as Python's objects
+ALONE = Single()
 LATENT_LIMIT = 1e3  # latents have unit variance; beyond this the VAE is broken, not the picture
 
 
@@ -85,40 +88,39 @@ class CacheReport:
 
 
 def encode(spec: DataSpec, encoders_factory: Callable[[], object], *, cache_dir: Path | str, resolution: int, seed: int,
-           part: str = "train", facts: Facts | None = None, rank: int = 0, world: int = 1,
-           barrier: Callable[[], None] = lambda: None, progress: bool = True) -> CacheReport:
+           part: str = "train", facts: Facts | None = None, world: World = ALONE, progress: bool = True) -> CacheReport:
     """Build, resume or find the cache of one part ("train" or "validation") of a data set.
 
     encoders_factory is called only when something has to be encoded, or when ``facts`` is None. resolution: pixels.
-    seed decides the held-out prompts and the places of random crops. With several processes each encodes its own share of
-    the records; every process calls this with the same arguments and a barrier. Safe to kill at any moment, and to run
-    twice at once. Raises DataError (bad data, by row) and ResourceError (disk), the same on every rank.
+    seed decides the held-out prompts and the places of random crops. world: its processes, which call this with the same
+    arguments, each encode their own share of the records. Safe to kill at any moment, and to run twice at once. Raises
+    DataError (bad data, by row) and ResourceError (disk); where one process does, all raise a UserError.
     """
-    started, loaded = time.monotonic(), []
+    started, loaded, made = time.monotonic(), [], []
 
     def encoders():
         if not loaded:
             loaded.append(encoders_factory())
         return loaded[0]
 
-    job = _Job(spec, part, seed, resolution, facts or encoders(), Path(cache_dir), rank, world)
-    report = job.found()
-    if report is None:
-        report = _build(job, encoders, barrier, progress)
-    else:
-        barrier()
-    barrier()
-    for kind in ("failures", "looks"):  # not earlier: the others read them between the barriers
-        job.heard(kind, job.rank).unlink(missing_ok=True)
+    def find() -> str:
+        job = _Job(spec, part, seed, resolution, facts or encoders(), Path(cache_dir), world)
+        made.extend([job, job.found()])
+        return "found" if made[1] else ""
+
+    # what one process does not see, all build again: they must take the same turn, and most of it is there
+    found = all(together(world, find))
+    job, report = made
+    if not found:
+        report = _build(job, encoders, progress)
     return CacheReport(**{**report, "manifest": job.manifest, "seconds": time.monotonic() - started})
 
 
 class _Job:
     """One call of ``encode``: its arguments, where its stores lie and the name of its manifest."""
 
-    def __init__(self, spec: DataSpec, part: str, seed: int, resolution: int, facts: Facts, folder: Path, rank: int,
-                 world: int):
-        self.spec, self.part, self.seed, self.facts, self.rank, self.world = spec, part, seed, facts, rank, world
+    def __init__(self, spec: DataSpec, part: str, seed: int, resolution: int, facts: Facts, folder: Path, world: World):
+        self.spec, self.part, self.seed, self.facts, self.world = spec, part, seed, facts, world
         self.buckets = shapes.buckets(resolution, facts.spatial_factor, spec.aspect_ratio_buckets)
         self.mirrors = (False, True) if spec.random_flip else (False,)
         names = {kind: f"{kind}s-{short([VERSION, facts.identity[part_], spec.cache_dtype])}"
@@ -129,7 +131,6 @@ class _Job:
         except OSError as error:
             raise ResourceError(f"{self.sets}: cannot make the cache folder ({error.strerror}); set data.cache_dir") from None
         sweep(self.sets)
-        sweep(self.sets, "failures-")
         sweep(self.sets, "looks-")
         self.source, self.sure = _source(spec, part)
         self.id = short([VERSION, part, resolution, facts.family, facts.spatial_factor, sorted(names.values()), self.source,
@@ -144,52 +145,68 @@ class _Job:
                 spec.validation_share, seeded]
 
     def found(self) -> dict | None:
-        """The report of an earlier build, if it is whole and its source has not changed."""
+        """The report of an earlier build, if it is whole and its source has not changed. Rank 0 asks for the files' dates: so
+        many calls to a shared disk are enough once."""
         if not self.sure:
             return None
         try:
             cache = Cache(self.manifest)
-            unchanged = all(_stat(path) == (size, mtime) for path, size, mtime in cache.files())
+            unchanged = self.world.rank > 0 or all(_stat(path) == (size, mtime) for path, size, mtime in cache.files())
         except DataError:
             return None
         return {**cache.report, "encoded_images": 0, "encoded_prompts": 0} if unchanged else None
 
     def owns(self, key: bytes) -> bool:
         """Records are dealt out to the processes by their key, so the same picture in two rows is encoded once."""
-        return int.from_bytes(key[:8], "big") % self.world == self.rank
-
-    def heard(self, kind: str, rank: int) -> Path:
-        """A file by which one process tells the others: "failures" or "looks"."""
-        return self.sets / f"{kind}-{self.id}-{rank}.json"
+        return int.from_bytes(key[:8], "big") % self.world.size == self.world.rank
 
 
-def _build(job: _Job, encoders: Callable, barrier: Callable[[], None], progress: bool) -> dict:
-    """Scan and encode; then all processes look at all results and reach the same end."""
-    with Ledger(job.sets) as ledger:
-        tally, work = Tally(), _Encoding(job, ledger, encoders)
-        _share_looks(job, ledger, barrier)
-        fatal = None
+def _build(job: _Job, encoders: Callable, progress: bool) -> dict:
+    """Look, scan and encode; then all processes hear what the others could not do and reach the same end. An error in one of
+    these steps is one of all processes, so that none waits for another."""
+    run = job.world.gather(uuid.uuid4().hex)[0]  # of rank 0: two runs over one data set do not meet in each other's files
+    looks = [job.sets / f"looks-{run}-{rank}.json" for rank in range(job.world.size)]
+    tally, ledger, made = Tally(), Ledger(job.sets), []
+
+    def finish() -> None:
+        made.append(_finished(job, work, ledger, failed, tally))
+
+    with ExitStack() as stack:
+        stack.callback(looks[job.world.rank].unlink, missing_ok=True)
+        together(job.world, lambda: _look_at_share(job, stack.enter_context(ledger), looks))
+        work, fatal = None, None
         try:
-            work.unconditional()
-            for row in _bar(read_rows(job.spec, tally, part=job.part, seed=job.seed), progress and job.rank == 0, job.part):
-                _take(row, job, work, ledger, tally)
-            work.finish()
-        except (DataError, ResourceError) as error:
-            fatal = error
-            if job.world == 1:
+            work = _Encoding(job, ledger, encoders)
+            _scan(job, ledger, work, tally, looks, progress)
+        except UserError as error:
+            if job.world.size == 1:
                 raise
-        own = {"fatal": fatal and str(fatal), "failed": {key.hex(): why for key, why in work.failed.items()}}
-        write_aside(job.heard("failures", job.rank), json.dumps(own).encode())
-        barrier()
-        _drop_failed(job, work, ledger, _failures(job, own), tally)
-        if not ledger.count("grouped"):
-            raise nothing_left(job.spec, tally, job.part) if not work.identical else DataError(
-                f"{source_path(job.spec, job.part)[0]}: no group is left; {work.identical} hold the same picture twice")
-        ledger.number()
-        report = _report(job, tally, ledger, work)
-        if job.rank == 0:
-            _write_set(job, ledger, work, report)
-        return {**report, "renewed": work.latents.corrupt + work.texts.corrupt}
+            fatal = str(error)
+        failed = _failures(job.world, fatal, {} if work is None else work.failed)
+        together(job.world, finish)
+    return made[0]
+
+
+def _scan(job: _Job, ledger: Ledger, work: _Encoding, tally: Tally, looks: list[Path], progress: bool) -> None:
+    """All rows, and this process's share of their records."""
+    _hear_looks(job, ledger, looks)
+    work.unconditional()
+    for row in _bar(read_rows(job.spec, tally, part=job.part, seed=job.seed), progress and job.world.rank == 0, job.part):
+        _take(row, job, work, ledger, tally)
+    work.finish()
+
+
+def _finished(job: _Job, work: _Encoding, ledger: Ledger, failed: dict[str, str], tally: Tally) -> dict:
+    """The report; rank 0 has written the set."""
+    _drop_failed(job, work, ledger, failed, tally)
+    if not ledger.count("grouped"):
+        raise nothing_left(job.spec, tally, job.part) if not work.identical else DataError(
+            f"{source_path(job.spec, job.part)[0]}: no group is left; {work.identical} hold the same picture twice")
+    ledger.number()
+    report = _report(job, tally, ledger, work)
+    if job.world.rank == 0:
+        _write_set(job, ledger, work, report)
+    return {**report, "renewed": work.latents.corrupt + work.texts.corrupt}
 
 
 def _take(row: Row, job: _Job, work: _Encoding, ledger: Ledger, tally: Tally) -> None:
@@ -257,17 +274,20 @@ class _Look:
 
 def _look(ref: ImageRef, job: _Job, ledger: Ledger) -> _Look:
     """What another process, or this one, has seen; a look now where no process was told to."""
-    known = ledger.look(str(ref.path)) if job.world > 1 and ref.path is not None else None
+    known = ledger.look(str(ref.path)) if job.world.size > 1 and ref.path is not None else None
     if known is None:
         return _Look.at(ref, job.spec.max_pixels)
     size, changed, digest, height, width, problem = known
     return _Look((size, changed), digest, None if height is None else (height, width), problem)
 
 
-def _share_looks(job: _Job, ledger: Ledger, barrier: Callable[[], None]) -> None:
+def _look_at_share(job: _Job, ledger: Ledger, looks: list[Path]) -> None:
     """Several processes deal the files out, so that each is read for its hash and size by one of them only (and once more by
-    who encodes it). Pictures inside tables are looked at by all, who have them in memory. One process: nothing."""
-    if job.world == 1:
+    who encodes it). Pictures inside tables are looked at by all, who have them in memory. One process: nothing.
+
+    looks: the file by which each process tells the others.
+    """
+    if job.world.size == 1:
         return
     with suppress(DataError):  # of a table: it is raised when the rows are taken
         for row in read_rows(job.spec, Tally(), part=job.part, seed=job.seed):
@@ -277,13 +297,17 @@ def _share_looks(job: _Job, ledger: Ledger, barrier: Callable[[], None]) -> None
                         and ledger.look(name) is None):
                     look = _Look.at(ref, job.spec.max_pixels)
                     ledger.add_look(name, *look.stat, look.digest, *(look.size or (None, None)), look.problem)
-    write_aside(job.heard("looks", job.rank), (
+    write_aside(looks[job.world.rank], (
         json.dumps([os.fsdecode(path), size, changed, digest and digest.hex(), *rest]).encode() + b"\n"
         for path, size, changed, digest, *rest in ledger.looks()))
-    barrier()
-    for rank in range(job.world):
-        # another run of the same data set may have ended, and removed it: what is not known is looked at anew
-        with suppress(FileNotFoundError), job.heard("looks", rank).open("rb") as lines:
+
+
+def _hear_looks(job: _Job, ledger: Ledger, looks: list[Path]) -> None:
+    if job.world.size == 1:
+        return
+    for path in looks:
+        # swept away by another run, where this one was halted for an hour: what is not known is looked at anew
+        with suppress(FileNotFoundError), path.open("rb") as lines:
             for name, size, changed, digest, *rest in map(json.loads, lines):
                 ledger.add_look(name, size, changed, digest and bytes.fromhex(digest), *rest)
 
@@ -360,7 +384,7 @@ class _Encoding:
                 self._encode_prompts()
 
     def unconditional(self) -> None:
-        if self.job.rank == 0 and not self.ledger.knows("text", UNCONDITIONAL):
+        if self.job.world.rank == 0 and not self.ledger.knows("text", UNCONDITIONAL):
             tokens, pooled = self.encoders().unconditional()
             self._texts.add(UNCONDITIONAL, self._text(tokens, pooled, 0))
             self._texts.close()  # a shard of its own: the prompts' batches and shards begin together
@@ -379,7 +403,7 @@ class _Encoding:
         import torch
 
         keys, images, places = zip(*self._queue.pop(bucket), strict=True)
-        mean, std = self.encoders().encode_images(torch.from_numpy(pixels(list(images))))
+        mean, std = self.encoders().encode_images(torch.from_numpy(pixels(self._whole(images))))
         mean, std = (x.detach().float().cpu().numpy().astype(self._dtype) for x in (mean, std))
         for i, key in enumerate(keys):
             if _plausible(mean[i]) and _plausible(std[i]):
@@ -393,7 +417,7 @@ class _Encoding:
             return
         keys, prompts, places = zip(*self._prompts, strict=True)
         self._prompts = []
-        tokens, pooled = self.encoders().encode_prompts(list(prompts))
+        tokens, pooled = self.encoders().encode_prompts(self._whole(prompts))
         for i, key in enumerate(keys):
             record = self._text(tokens, pooled, i)
             if all(np.isfinite(value).all() for value in record.values()):
@@ -401,6 +425,11 @@ class _Encoding:
                 self.encoded_prompts += 1
             else:
                 self._fail(key, f"{places[i]}: the text encoders' embedding of {prompts[i][:80]!r} is not finite")
+
+    def _whole(self, items: Sequence) -> list:
+        """A whole batch, the last item repeated: a batch of another size is rounded in another way, and a record must not
+        depend on how many processes share the work."""
+        return [*items, *[items[-1]] * (self.job.spec.encode_batch_size - len(items))]
 
     def _text(self, tokens, pooled, i: int) -> dict[str, np.ndarray]:
         found = {"tokens": tokens} if pooled is None else {"tokens": tokens, "pooled": pooled}
@@ -413,19 +442,14 @@ class _Encoding:
         self.failed[key] = why
 
 
-def _failures(job: _Job, own: dict) -> dict[str, str]:
+def _failures(world: World, fatal: str | None, failed: dict[bytes, str]) -> dict[str, str]:
     """key -> why, of all processes. Raises the first fatal one, the same on every rank."""
-    failed = {}
-    for rank in range(job.world):
-        try:
-            found = own if rank == job.rank else json.loads(job.heard("failures", rank).read_bytes())
-        except FileNotFoundError:  # what that process could not do must not look like bad rows
-            raise ResourceError(f"{job.sets}: another run of this data set has ended and removed what process {rank} of this "
-                                "one had to say; run the same command again") from None
-        if found["fatal"]:
-            raise DataError(found["fatal"])
-        failed.update(found["failed"])
-    return failed
+    own = {"fatal": fatal, "failed": {key.hex(): why for key, why in failed.items()}}
+    found = [json.loads(text) for text in world.gather(json.dumps(own))]
+    for one in found:
+        if one["fatal"] is not None:
+            raise DataError(one["fatal"])
+    return {key: why for one in found for key, why in one["failed"].items()}
 
 
 def _drop_failed(job: _Job, work: _Encoding, ledger: Ledger, failed: dict[str, str], tally: Tally) -> None:
@@ -508,8 +532,10 @@ def _schemas(latents: int) -> dict[str, pa.Schema]:
 
 
 def _blocks(rows: Iterator[dict], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    while block := list(islice(rows, BLOCK)):
-        yield pa.RecordBatch.from_pylist(block, schema)
+    """Of BLOCK rows each; only a PIECE of them at a time as Python's objects, which take ten times the room of Arrow's."""
+    pieces = (pa.RecordBatch.from_pylist(piece, schema) for piece in iter(lambda: list(islice(rows, PIECE)), []))
+    while block := list(islice(pieces, BLOCK // PIECE)):
+        yield from pa.Table.from_batches(block).combine_chunks().to_batches()
 
 
 def _identity(job: _Job, ledger: Ledger) -> str:
@@ -559,7 +585,7 @@ def _source(spec: DataSpec, part: str) -> tuple[list, bool]:
         if local.is_file():
             return [str(local.resolve()), *_stat(local)], True
         if local.is_dir():
-            tables = sorted(path for path in local.rglob("*") if path.suffix in TABLES)
+            tables = sorted(files_below(local, TABLES))
             return [str(local.resolve()), split, [[str(p.relative_to(local)), *_stat(p)] for p in tables]], True
         if archives := shards(path):
             return [[str(Path(name).resolve()), *_stat(Path(name))] for name in archives], True

@@ -1,8 +1,8 @@
 """What a build has seen so far, in a SQLite file: memory does not grow with the rows.
 
 A scratch file of one process beside the sets, removed at the end, swept away after a kill, never read again: nothing rests
-on its safety, so it has no journal, no lock (network disks may have none) and is not flushed. Ids begin at 1 and follow the
-first appearance.
+on its safety, so it has no journal, none of SQLite's locks (network disks may have none) and is not flushed. Ids begin at 1
+and follow the first appearance.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import numpy as np
 
 from ..errors import ResourceError
 from .cache import Group
+from .store import lock
 
-CACHE_KIB = 16 << 10  # of SQLite's pages in memory
+CACHE_KIB = 1 << 10  # of SQLite's pages in memory; the system's own cache of the file makes up for a small one
 _SETUP = """
     PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA temp_store=FILE;
     -- records by key; shard is NULL while one is only queued
@@ -52,16 +53,24 @@ class Ledger:
 
     def __enter__(self) -> Ledger:
         try:
+            self._lock = lock(self._path)
+        except OSError as error:
+            raise self._full(error) from None
+        try:
             self._db = sqlite3.connect(f"{self._path.resolve().as_uri()}?nolock=1", uri=True, isolation_level=None)
             self._db.executescript(f"PRAGMA cache_size=-{CACHE_KIB};{_SETUP}")
         except sqlite3.Error as error:
-            self._path.unlink(missing_ok=True)
+            self._leave()
             raise self._full(error) from None
         return self
 
     def __exit__(self, *_) -> None:
         self._db.close()
+        self._leave()
+
+    def _leave(self) -> None:
         self._path.unlink(missing_ok=True)
+        self._lock.close()
 
     def _run(self, statement: str, values: Sequence = ()) -> sqlite3.Cursor:
         try:
@@ -69,7 +78,7 @@ class Ledger:
         except sqlite3.OperationalError as error:
             raise self._full(error) from None
 
-    def _full(self, error: sqlite3.Error) -> ResourceError:
+    def _full(self, error: sqlite3.Error | OSError) -> ResourceError:
         return ResourceError(f"{self._folder}: cannot write the cache ({error}); free some space or set data.cache_dir to "
                              "another disk")
 

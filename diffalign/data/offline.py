@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -79,24 +81,31 @@ class Offline:
 
 
 class _FixedBatches(Sequence):
-    """Batches made when asked for: a held-out set need not fit into memory."""
+    """Batches made when asked for: a held-out set need not fit into memory, nor a list of its batches."""
 
-    def __init__(self, assemble, cuts: list[tuple[np.ndarray, np.ndarray]]):
-        self._assemble, self._cuts = assemble, cuts
+    def __init__(self, assemble, members: Sequence[Sequence[int]], size: int, draws: int):
+        self._assemble, self._members, self._size, self._draws = assemble, members, size, draws
+        self._ends = list(accumulate(-(-len(bucket) // size) for bucket in members))  # of the buckets, in batches of a visit
 
     def __len__(self) -> int:
-        return len(self._cuts)
+        return self._ends[-1] * self._draws
 
     def __getitem__(self, i):
-        return [self._assemble(*cut) for cut in self._cuts[i]] if isinstance(i, slice) else self._assemble(*self._cuts[i])
+        return [self._at(j) for j in range(len(self))[i]] if isinstance(i, slice) else self._at(range(len(self))[i])
+
+    def _at(self, number: int) -> Batch:
+        visit, number = divmod(number, self._ends[-1])
+        bucket = bisect_right(self._ends, number)
+        start = (number - (self._ends[bucket - 1] if bucket else 0)) * self._size
+        groups = self._members[bucket][start:start + self._size]
+        return self._assemble(groups, np.full(len(groups), visit, dtype=np.int64))
 
 
 def fixed_batches(cache: Cache | Texts, batch_size: int, draws: int = 1, *, seed: int = 0) -> Sequence[Batch]:
     """Every group once for each of ``draws`` visits (0, 1, ...), never flipped, no caption dropped: the same batches and keys
     whenever they are asked for. A batch holds groups of one bucket and one visit; the last of a bucket may be smaller."""
-    cuts = [(members[start:start + batch_size], np.full(len(members[start:start + batch_size]), visit, dtype=np.int64))
-            for visit in range(draws) for members in cache.members for start in range(0, len(members), batch_size)]
-    return _FixedBatches(cache if isinstance(cache, Texts) else _Assembler(cache, seed, 0.0, False), cuts)
+    return _FixedBatches(cache if isinstance(cache, Texts) else _Assembler(cache, seed, 0.0, False), cache.members, batch_size,
+                         draws)
 
 
 class _Assembler:

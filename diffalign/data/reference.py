@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,7 +47,10 @@ class ReferenceErrors:
 
     def holds(self, start: int, stop: int) -> int:
         """How many of the places start .. stop - 1 are there."""
-        return sum(max(0, min(stop, end) - max(start, begin)) for begin, (_, end, _) in zip(self._starts, self._parts))
+        count = 0
+        for i in range(max(0, bisect_right(self._starts, start) - 1), bisect_left(self._starts, stop)):
+            count += max(0, min(stop, self._parts[i][1]) - max(start, self._starts[i]))
+        return count
 
     def read(self, places: np.ndarray, keys: Tensor) -> Tensor:
         """places: [B] int64, of groups that are there, with their keys [B, 2] -> [B, K, draws] float32.

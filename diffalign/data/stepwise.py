@@ -20,7 +20,7 @@ from ..process.parameterization import like
 from ..process.solver import at, bridge_std, guided, stochastic_step
 from ..rewards import Reward, columns_of, identity, judged
 from ..sampling.latents import Sampler
-from ..types import Batch, Cond, Steps
+from ..types import Batch, Cond, Steps, carried
 from .judges import LatentJudge
 from .offline import Offline
 from .sources import sizes_of_samples
@@ -248,8 +248,8 @@ class StepwiseSource:
         if spec.sampler.guidance_scale != 1:
             empty = replace(self.stored.unconditional().rows(batch.groups).to(self.device), extra=cond.extra)
         shape = tuple(batch.x0.shape[2:])
-        walk = _Walk(x=rng.normal(ctx.seed, "sample", batch.key, shape).to(self.device), raw=None, cond=cond, empty=empty,
-                     keys=batch.key, prompts=list(prompts), stds=stds.tolist())
+        x = carried(rng.normal(ctx.seed, "sample", batch.key, shape), self.device)
+        walk = _Walk(x=x, raw=None, cond=cond, empty=empty, keys=batch.key, prompts=list(prompts), stds=stds.tolist())
         groups, n, forks = [], 0, set(spec.forks())
         while n < (max(forks) + spec.block):
             count = spec.block if n in forks else 1
@@ -309,7 +309,7 @@ class StepwiseSource:
         t, to = levels[n].expand(len(x)), levels[n + 1].expand(len(x))
         mean, std = stochastic_step(ctx, x, raw, t, to, self.spec.sampler.solver, self.spec.sampler.eta)
         numbered = torch.cat([keys, torch.full((len(keys), 1), n + 1)], dim=1)
-        return mean + like(std, x) * rng.normal(ctx.seed, "renoise", numbered, tuple(x.shape[1:])).to(x.device)
+        return mean + like(std, x) * carried(rng.normal(ctx.seed, "renoise", numbered, tuple(x.shape[1:])), x.device)
 
     def _pushed(self, x: Tensor, t: Tensor, x0: Tensor | None, best: Tensor, prompts: Sequence[str], std: float) -> Tensor:
         """The winners moved by push * std * sqrt(D) along the judge's gradient."""

@@ -3,18 +3,22 @@
 A shard is one Arrow IPC file, memory-mapped, read without copying. Its name holds its own size and SHA-256, so a shard says
 by itself whether it is whole; it is written aside, flushed to the disk and renamed, so two processes that build the same
 store at once at worst do the same work twice. Sizes are checked at every opening, hashes too while the shards are below
-4 GiB, and every record carries a CRC-32 that is checked when a process first reads it. A shard that fails is renamed to
+256 MiB, and every record carries a CRC-32 that is checked when a process first reads it. A shard that fails is renamed to
 ``.corrupt`` and reported: its records are then missing, and encoded again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import math
 import os
+import sys
 import time
 import uuid
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 32 << 20
 SHARD_RECORDS = 4096  # so that a shard which waits to be written takes about its own bytes, however small its records
-FULL_CHECK_BYTES = 4 << 30
+FULL_CHECK_BYTES = 256 << 20  # hashed in a fraction of a second: the time of opening must not grow with the data
 OPEN_SHARDS = 256  # each holds a file handle
 _hashed: set[tuple[str, int, int]] = set()  # files this process has hashed, as (path, size, time of change)
 STALE_SECONDS = 3600
@@ -136,8 +140,8 @@ class Shards:
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open)
 
     def damaged(self) -> list[str]:
-        """Names of the shards that are gone or not whole; a flipped bit is seen here while all are below 4 GiB, else when its
-        record is read."""
+        """Names of the shards that are gone or not whole; a flipped bit is seen here while all are below 256 MiB, else when
+        its record is read."""
         full = sum(map(_size, self.paths)) <= FULL_CHECK_BYTES
         return [path.name for path in self.paths if not intact(path, full)]
 
@@ -196,14 +200,14 @@ class Writer:
 
     def __init__(self, store: Store, *, multiple: int, shard_bytes: int | None = None):
         self.store, self.multiple, self.shard_bytes = store, multiple, shard_bytes or SHARD_BYTES
-        self._waiting: dict[tuple, list[tuple[bytes, dict[str, np.ndarray]]]] = {}
+        self._waiting: dict[tuple, _Waiting] = {}
 
     def add(self, key: bytes, record: dict[str, np.ndarray]) -> None:
         shape = tuple((name, array.shape, array.dtype.str) for name, array in record.items())
-        waiting = self._waiting.setdefault(shape, [])
-        waiting.append((key, record))
+        waiting = self._waiting.setdefault(shape, _Waiting())
+        waiting.add(key, record)
         size = sum(array.nbytes for array in record.values())
-        if len(waiting) >= max(1, min(self.shard_bytes // size, SHARD_RECORDS) // self.multiple) * self.multiple:
+        if waiting.count >= max(1, min(self.shard_bytes // size, SHARD_RECORDS) // self.multiple) * self.multiple:
             self._flush(shape)
 
     def close(self) -> None:
@@ -212,20 +216,33 @@ class Writer:
         self.store.refresh()
 
     def _flush(self, shape: tuple) -> None:
-        records = self._waiting.pop(shape)
-        if records:
-            publish(_table(records), self.store.folder)
+        publish(self._waiting.pop(shape).table(shape), self.store.folder)
 
 
-def _table(records: list[tuple[bytes, dict[str, np.ndarray]]]) -> pa.Table:
-    columns = {"key": pa.array([key for key, _ in records], pa.binary(32)),
-               "crc": pa.array([_crc(key, record) for key, record in records], pa.uint32())}
-    fields = [pa.field(name, array.type) for name, array in columns.items()]
-    for name, example in records[0][1].items():
-        flat = np.stack([record[name] for _, record in records]).reshape(-1)
-        columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), example.size)
-        fields.append(pa.field(name, columns[name].type, metadata={"shape": ",".join(map(str, example.shape))}))
-    return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields))
+class _Waiting:
+    """Records of one shape, as the bytes that their columns will have: an array object for each would take more than a small
+    record itself, and the table needs no second copy of them."""
+
+    def __init__(self):
+        self.count, self._columns = 0, defaultdict(bytearray)
+
+    def add(self, key: bytes, record: dict[str, np.ndarray]) -> None:
+        self.count += 1
+        self._columns["key"] += key
+        self._columns["crc"] += _crc(key, record).to_bytes(4, sys.byteorder)
+        for name, array in record.items():
+            self._columns[name] += array.tobytes()
+
+    def table(self, shape: tuple) -> pa.Table:
+        """shape: (name, shape, dtype) of a record's tensors."""
+        columns = [pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), self.count, [None, pa.py_buffer(self._columns["key"])]),
+                   pa.array(np.frombuffer(self._columns["crc"], np.uint32))]
+        fields = [pa.field(name, array.type) for name, array in zip(("key", "crc"), columns)]
+        for name, sides, dtype in shape:
+            flat = np.frombuffer(self._columns[name], dtype)
+            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), math.prod(sides)))
+            fields.append(pa.field(name, columns[-1].type, metadata={"shape": ",".join(map(str, sides))}))
+        return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
 def _open_shard(path: Path) -> dict[str, np.ndarray]:
@@ -259,8 +276,26 @@ def _crc(key: bytes, record: dict[str, np.ndarray]) -> int:
 
 
 def sweep(folder: Path, prefix: str = ".tmp-") -> None:
-    """Remove what killed processes left behind; files younger than an hour may belong to one that lives."""
+    """Remove what killed processes left behind: what is younger than an hour, or locked, may belong to one that lives."""
     for path in folder.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            if time.time() - path.stat().st_mtime > STALE_SECONDS and not _locked(path):
                 path.unlink()
+
+
+def lock(path: Path) -> BinaryIO:
+    """Makes the file if need be, and keeps ``sweep`` off it while what is returned is open. Where the disk knows no locks, as
+    some network disks, its age alone does. Raises OSError."""
+    file = path.open("ab")
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def _locked(path: Path) -> bool:
+    with path.open("rb") as file, contextlib.suppress(OSError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -65,12 +65,13 @@ class MaskedELBO:
     def masked(self, batch: Batch, ctx) -> Masked:
         """The masked candidates, rows ordered (draw, group, candidate): a function of keys, places and seed."""
         keys = candidate_keys(batch, draw_keys(batch.key, self.draws))
-        rows = (batch.x0.flatten(0, 1).repeat(self.draws, 1), batch.cond.rows(batch.k, self.draws).extra["answer"])
+        host = batch.labels  # masks are drawn on the CPU, and their sizes decide shapes
+        rows = (host.x0.flatten(0, 1).repeat(self.draws, 1), host.cond.rows(batch.k, self.draws).extra["answer"])
         u = self._levels(batch, keys, ctx.seed)
         if self.form == "count":
-            return ctx.process.exactly(*rows, u, ctx.seed, keys)
+            return ctx.process.exactly(*rows, u, ctx.seed, keys).to(batch.x0.device)
         t = (self.t_min + (1 - self.t_min) * u).clamp(min=torch.finfo(torch.float64).tiny)
-        return ctx.process.independently(*rows, t, ctx.seed, keys)
+        return ctx.process.independently(*rows, t, ctx.seed, keys).to(batch.x0.device)
 
     def _levels(self, batch: Batch, keys: Tensor, seed: int) -> Tensor:
         """[draws*B*K] float64 in [0, 1): the draws of a candidate lie next to each other in the run's sequence."""
@@ -89,8 +90,8 @@ class MaskedELBO:
 
     def bound(self, logits: Tensor, masked: Masked, batch: Batch) -> Tensor:
         """One draw's estimate each: [draws, B, K] nats per answer."""
-        return self._summed(-torch.nn.functional.cross_entropy(logits, masked.x0[masked.masked], reduction="none"),
-                            masked, batch)
+        return self._summed(-torch.nn.functional.cross_entropy(logits, masked.x0.flatten()[masked.places],
+                                                              reduction="none"), masked, batch)
 
     def _divergence(self, policy: Tensor, other: Tensor, masked: Masked, batch: Batch) -> Tensor:
         policy, other = policy.log_softmax(1), other.log_softmax(1)
@@ -98,7 +99,7 @@ class MaskedELBO:
 
     def _summed(self, tokens: Tensor, masked: Masked, batch: Batch) -> Tensor:
         """tokens: [M] -> weighted sums over each row's masked tokens."""
-        row = masked.masked.nonzero()[:, 0]
+        row = masked.places // masked.x0.shape[1]
         return self._fold(masked.weight * tokens.new_zeros(len(masked.x0)).index_add(0, row, tokens), batch)
 
     def _fold(self, rows: Tensor, batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..process import Parameterization, Process, RectifiedFlow
-from ..types import Noised
+from ..types import Noised, carried
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ELBO:
         weight = self._native(noised, param, process)
         if not self.normalise:
             return weight
-        grid = process.grid().to(noised.t.device)
+        grid = carried(process.grid(), noised.t.device)
         ones = torch.zeros(len(grid), 1, device=grid.device)
         return weight / self._native(process.noise(ones, grid, ones), param, process).mean()
 

@@ -5,7 +5,7 @@ from .spec import LoRA, ModelSpec
 _LOAD = ("FAMILIES", "encoder_facts", "inspect", "load_denoiser", "load_encoders", "load_pipeline", "is_distilled",
          "model_identity", "save_pipeline")
 _LORA = ("attach", "lora_state", "save_lora")
-_BASE = ("Adapter", "Denoiser", "enable_gradient_checkpointing", "unwrap")
+_BASE = ("Adapter", "Denoiser", "enable_gradient_checkpointing", "narrow_norms", "unwrap")
 
 __all__ = ["EncoderFacts", "Encoders", "LoRA", "ModelSpec", "WeightBank", *_LOAD, *_LORA, *_BASE]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..process import Trigonometric, V
-from ..types import Cond
+from ..types import Cond, carried
 from .base import unwrap
 from .sound import Arrays, Clips, SoundAdapter, array, counted
 
@@ -49,7 +49,7 @@ class StableAudio(SoundAdapter):
 
         size = unwrap(self.module).config.attention_head_dim // 2
         cos, sin = get_1d_rotary_pos_embed(size, length, use_real=True, repeat_interleave_real=False)
-        return cos.to(device), sin.to(device)
+        return carried(cos, device), carried(sin, device)
 
     def idle(self) -> tuple[str, ...]:
         """The frequencies of the time embedding, which are constants."""

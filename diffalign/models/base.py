@@ -6,11 +6,13 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -149,6 +151,42 @@ def _race(module: nn.Module, attempt: Callable[[], object], passes: int) -> tupl
             times.append(time.perf_counter() - start)
     plain, fast = (statistics.median(times) for times in seconds)
     return plain, fast
+
+
+class _InItsInputsType:
+    """A norm in the type of its input, whatever autocast thinks; its kernel adds up in float32 all the same.
+
+    On CUDA autocast computes norms in float32, and what follows until the next matrix product: of an SDXL pair at 1024x1024
+    that would be kept for the backward, 3 GiB more (``tests/models/test_counts.py``).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            return self.norm(x, weight, bias)
+
+
+class _GroupNorm(_InItsInputsType, nn.GroupNorm):
+    def norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+class _LayerNorm(_InItsInputsType, nn.LayerNorm):
+    def norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+_NORMS = {nn.GroupNorm: _GroupNorm, nn.LayerNorm: _LayerNorm}
+
+
+def narrow_norms(denoiser: Denoiser) -> None:
+    """Let group and layer norms compute in the type that reaches them, as stock pipelines in half precision do. Names and
+    weights stay. For bfloat16: float16's range is not made for the sums in front of a norm.
+    """
+    for layer in unwrap(denoiser.module).modules():
+        if type(layer) in _NORMS:
+            layer.__class__ = _NORMS[type(layer)]
 
 
 _ATTENTIONS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention",

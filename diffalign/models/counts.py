@@ -11,9 +11,11 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from ..types import Cond
 from .base import Denoiser, unwrap
@@ -64,7 +66,8 @@ def operations(run: Callable[[], object]) -> int:
 def saved_bytes(denoiser: Denoiser, rows: int, height: int, width: int, *, dtype: torch.dtype) -> int:
     """What one training pass of N rows keeps in memory for its backward, with fused attention. dtype: of autocast.
 
-    Weights are not counted, their casts are. By the rules of autocast on the CPU: on CUDA it computes norms in float32.
+    Weights are not counted, their casts are. By autocast's rules on CUDA, which computes norms in float32 (unless they were
+    told otherwise: ``base.narrow_norms``).
     """
     kept: dict[int, tuple] = {}
 
@@ -82,12 +85,12 @@ def saved_bytes(denoiser: Denoiser, rows: int, height: int, width: int, *, dtype
 
 @contextmanager
 def _imitated(denoiser: Denoiser, dtype: torch.dtype):
-    """A fake copy of the denoiser, under autocast. On the CPU: meta tensors would have no fused attention."""
+    """A fake copy of the denoiser, under autocast as it is on CUDA. On the CPU: meta tensors would have no fused attention."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     denoiser = copy.copy(denoiser)
     denoiser.module = copy.deepcopy(unwrap(denoiser.module))
-    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32), _WideNorms():
         _imitate(denoiser.module)
         yield denoiser
 
@@ -103,6 +106,18 @@ def peak_bytes(denoiser: Denoiser, rows: int, height: int, width: int, *, dtype:
         with _Peak([*held, *(p.grad for p in held if p.grad is not None)]) as tracker:
             denoiser(*inputs(denoiser, rows, height, width, device="cpu")).float().square().mean().backward()
     return tracker.peak
+
+
+class _WideNorms(TorchFunctionMode):
+    """What autocast does to norms on CUDA, and not on the CPU: float32 in and out."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (F.group_norm, F.layer_norm) and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+            with torch.autocast("cpu", enabled=False):
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 class _Peak(TorchDispatchMode):

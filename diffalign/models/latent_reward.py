@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import rng
 from ..errors import ModelError
 from ..process import Parameterization, Process
-from ..types import Cond
+from ..types import Cond, carried
 from .base import Adapter, Denoiser, unwrap
 from .folder import check_weights, content, read_json, weight_files
 from .load import FAMILIES, download, encoder_facts, inspect, load_encoders, loading
@@ -259,7 +259,7 @@ class LatentReward(nn.Module):
     def _run(self, xt: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> list[Tensor]:
         """Every tapped feature, averaged over places: [N, C_i] float32 each."""
         height, width = (self.facts.spatial_factor * side for side in xt.shape[2:])
-        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=xt.device)
+        sizes = carried(torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32), xt.device)
         cond = Cond(tokens=tokens, pooled=pooled, extra={"time_ids": sizes.expand(len(xt), 6)})
         with _listening(self._taps(self.trunk)) as found:
             self.adapter.run(self.trunk, xt, t, cond)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..types import Batch
+from ..types import Batch, carried
 
 
 def beside(batch: Batch, *indices: Tensor) -> tuple[Tensor, ...]:
     """Indices on the batch's device, without waiting."""
-    return tuple(index.to(batch.utility.device, non_blocking=True) for index in indices)
+    return tuple(carried(index, batch.utility.device) for index in indices)
 
 
 @dataclass(frozen=True)

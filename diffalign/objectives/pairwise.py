@@ -118,7 +118,7 @@ class Pairwise:
 
     def _observed(self, winner: Tensor, loser: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         def mean_of(x: Tensor) -> tuple[Tensor, Tensor]:
-            return x.sum(), torch.tensor(float(len(x)), device=x.device)
+            return x.sum(), x.new_full((), len(x))
 
         observed = {CENTRE: mean_of(torch.cat([winner, loser]))} if self.centre else {}
         if self.dynamic:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..types import Noised
+from ..types import Noised, carried
 from .parameterization import like
 
 
@@ -56,7 +56,7 @@ class VariancePreserving(_Gaussian):
         return self.index(t).float()
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        abar = self.alphas_cumprod.to(t.device)[self.index(t)]
+        abar = carried(self.alphas_cumprod, t.device)[self.index(t)]
         return abar.sqrt(), (1 - abar).sqrt()
 
     def elbo_weight(self, t: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class VariancePreserving(_Gaussian):
 
         gamma_t = (SNR_{t-1}/SNR_t - 1)/2, and 1/(2 alpha'_1) for the first step (notation.md section 4).
         """
-        return self._gamma.to(t.device)[self.index(t)] * self.steps
+        return carried(self._gamma, t.device)[self.index(t)] * self.steps
 
     @property
     def _gamma(self) -> Tensor:

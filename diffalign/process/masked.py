@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..types import Masked
+from ..types import Masked, carried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class Masking:
         return self._masked(x0, answer, chosen, t=t, weight=1 / t)
 
     def _masked(self, x0: Tensor, answer: Tensor, chosen: list[Tensor], t: Tensor, weight: Tensor) -> Masked:
-        masked = torch.zeros_like(answer).masked_scatter(answer, torch.cat(chosen).to(answer.device))
-        return Masked(x0=x0, xt=x0.masked_fill(masked, self.mask_id), masked=masked, t=t.float().to(x0.device),
-                      weight=weight.float().to(x0.device))
+        masked = torch.zeros_like(answer).masked_scatter(answer, carried(torch.cat(chosen), answer.device))
+        return Masked(x0=x0, xt=x0.masked_fill(masked, self.mask_id), masked=masked,
+                      places=masked.flatten().nonzero().squeeze(1), t=carried(t.float(), x0.device),
+                      weight=carried(weight.float(), x0.device))

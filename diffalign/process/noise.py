@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..types import Batch, Noised
+from ..types import Batch, Noised, carried
 from .parameterization import like
 from .solver import at, bridge_std, move
 
@@ -37,7 +37,7 @@ def _rows(batch: Batch, keys: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """x0 and t of every (draw, group, candidate), on the batch's device."""
     x0 = batch.x0.flatten(0, 1)
     draws = len(keys) // batch.groups
-    return x0.repeat(draws, *[1] * (x0.dim() - 1)), t.repeat_interleave(batch.k).to(x0.device)
+    return x0.repeat(draws, *[1] * (x0.dim() - 1)), carried(t.repeat_interleave(batch.k), x0.device)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Shared:
     def draw(self, batch: Batch, ctx, keys: Tensor, t: Tensor) -> Noised:
         x0, t = _rows(batch, keys, t)
         eps = rng.normal(ctx.seed, "noise", keys, tuple(batch.x0.shape[2:])).repeat_interleave(batch.k, dim=0)
-        return ctx.process.noise(x0, t, eps.to(x0.device, non_blocking=True))
+        return ctx.process.noise(x0, t, carried(eps, x0.device))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Independent:
     def draw(self, batch: Batch, ctx, keys: Tensor, t: Tensor) -> Noised:
         x0, t = _rows(batch, keys, t)
         eps = rng.normal(ctx.seed, "noise", candidate_keys(batch, keys), tuple(batch.x0.shape[2:]))
-        return ctx.process.noise(x0, t, eps.to(x0.device, non_blocking=True))
+        return ctx.process.noise(x0, t, carried(eps, x0.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def _invert(batch: Batch, ctx, keys: Tensor, t: Tensor, steps: int, eta: float =
         if eta:
             step = torch.full((len(candidates), 1), number, dtype=torch.int64)
             noise = rng.normal(ctx.seed, "inversion", torch.cat([candidates, step], dim=1), tuple(x.shape[1:]))
-            after = after + like(eta * bridge_std(ctx.process, low, high), x) * noise.to(x.device)
+            after = after + like(eta * bridge_std(ctx.process, low, high), x) * carried(noise, x.device)
         x = torch.where(like(high > low, x).bool(), after, x)  # rows close to the start have steps of no length
     end = at(ctx.process, x, t)
     tau = (x - like(end.alpha, x) * x0) / like(end.sigma, x)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..types import carried
+
 
 def _between(u: Tensor) -> Tensor:
     return u.clamp(1e-12, 1 - 1e-12)
@@ -120,7 +122,7 @@ class Geometric:
             return None
         # a time on a bin's upper edge belongs to it: the grid of a schedule is (i+1)/T, in float32 up to 3e-8 away
         k = (torch.ceil(t.double() * self.bins - 1e-4).long() - 1).clamp(0, self.bins - 1)
-        return (1 / (self.bins * self._shares.to(t.device)[k])).float()
+        return (1 / (self.bins * carried(self._shares, t.device)[k])).float()
 
 
 @dataclass(frozen=True, kw_only=True)

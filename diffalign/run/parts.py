@@ -14,11 +14,11 @@ from ..config import OF_PICTURES, Evaluation, Recipe, check_layout
 from ..data.prompts import read_prompts
 from ..data.sources import Online, Sampled, Stored
 from ..data.stepwise import Stepwise, StepwiseSource
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..evaluate.monitor import MonitorSpec, with_defaults
 from ..likelihood import CodeLikelihood, DenoisingELBO, LatentScores, MaskedELBO, Transitions
 from ..methods import Context, Preference, Probe
-from ..models.base import Denoiser, compile_blocks, enable_gradient_checkpointing, uncompile
+from ..models.base import Denoiser, compile_blocks, enable_gradient_checkpointing, narrow_norms, uncompile
 from ..models.latent_reward import from_denoiser
 from ..models.load import encoder_facts, inspect, is_distilled, load_encoders
 from ..models.load import load_denoiser as load_picture_denoiser
@@ -221,8 +221,7 @@ def caches(recipe: Recipe, accelerator, say: Callable[[str], None]):
 
     for part in ("train", "validation") if data.has_validation(spec) else ("train",):
         report = data.encode(spec, encoders, cache_dir=cache_dir(recipe), resolution=resolution, seed=recipe.seed, part=part,
-                             facts=facts, rank=world.rank, world=world.size, barrier=world.barrier,
-                             progress=accelerator.is_main_process)
+                             facts=facts, world=world, progress=accelerator.is_main_process)
         say(report.summary())
         for name in report.bad:
             say(f"  skipped {name}")
@@ -276,6 +275,8 @@ def base_of(recipe: Recipe, accelerator) -> Denoiser:
     """The model that training starts from, as it computes."""
     denoiser = denoiser_of(recipe, dtype=precision_of(recipe)[1], device=accelerator.device)
     _attention(denoiser, recipe)
+    if recipe.train.mixed_precision == "bf16":
+        narrow_norms(denoiser)
     return denoiser
 
 
@@ -404,6 +405,7 @@ def _attention(denoiser: Denoiser, recipe: Recipe) -> None:
         return
     try:
         denoiser.module.enable_xformers_memory_efficient_attention()
-    except (ImportError, ModuleNotFoundError, ValueError) as error:
-        raise ConfigError(f"train.enable_xformers_memory_efficient_attention: xformers cannot be used here ({error}); "
-                          "run `pip install 'diffalign[xformers]'` on a machine with CUDA, or set it to false") from None
+    except (ImportError, ValueError, RuntimeError) as error:  # RuntimeError: it has no kernel for this card
+        raise ConfigError("train.enable_xformers_memory_efficient_attention: xformers cannot be used here "
+                          f"({first_line(error)}); run `pip install 'diffalign[xformers]'` on a machine with CUDA, or set it "
+                          "to false") from None

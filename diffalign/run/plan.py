@@ -17,7 +17,7 @@ from ..errors import ConfigError, ModelError
 from ..evaluate.files import write_json
 from ..likelihood import DenoisingELBO
 from ..models import LoRA
-from ..models.base import enable_gradient_checkpointing, unwrap
+from ..models.base import enable_gradient_checkpointing, narrow_norms, unwrap
 from ..models.counts import flops, inputs, operations, peak_bytes
 from ..models.load import inspect
 from ..models.published import MODELS, on_meta
@@ -176,6 +176,8 @@ def _counted(recipe: Recipe, layout: tuple, side: int) -> Count:
     method = parts.method_of(recipe)
     forward, stored = parts.precision_of(recipe)
     denoiser = on_meta(*layout, dtype=stored)
+    if recipe.train.mixed_precision == "bf16":
+        narrow_norms(denoiser)
     with torch.device("meta"):
         bank = WeightBank.build(denoiser, recipe.model.lora, reads=parts.sets_of(recipe, method), seed=recipe.seed,
                                 forward_dtype=forward, rule=recipe.reference)
@@ -187,7 +189,9 @@ def _counted(recipe: Recipe, layout: tuple, side: int) -> Count:
         spent = flops(denoiser, 1, side, side)[1]
     # of one row and of two: the casts of weights do not grow with the rows
     one, two = (peak_bytes(denoiser, rows, side, side, dtype=forward) for rows in (1, 2))
-    references = sum(operations(lambda name=name: bank.predict(name, *inputs(denoiser, 1, side, side)))
+    # a frozen copy in half precision needs autocast, which meta tensors have not; it has the policy's operations
+    references = sum(operations(lambda name=name: bank.predict(CURRENT if recipe.model.lora is None else name,
+                                                               *inputs(denoiser, 1, side, side)))
                      for name in set(method.reads) - {"policy", CURRENT})
     module = unwrap(denoiser.module)
     return Count(parameters=sum(p.numel() for p in module.parameters()), weights=_bytes(module.parameters()),
@@ -234,7 +238,11 @@ def _changes(recipe: Recipe, fits: Callable[[Recipe], bool]) -> Iterator[tuple[R
     if train.train_batch_size < before:
         yield recipe, (f"train.train_batch_size={train.train_batch_size} "
                        f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}")
-    if not train.gradient_checkpointing:
+    if train.gradient_checkpointing is not True:
+        kept = replace(recipe, train=replace(train, gradient_checkpointing="selective"))
+        if not train.gradient_checkpointing and fits(kept):  # less is run again
+            yield kept, "train.gradient_checkpointing=selective"
+            return
         train = replace(train, gradient_checkpointing=True)
         recipe = replace(recipe, train=train)
         yield recipe, "train.gradient_checkpointing=true"

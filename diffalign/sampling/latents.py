@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import rng
 from ..process.parameterization import like
 from ..process.solver import at, guided, stochastic_step
-from ..types import Cond
+from ..types import Cond, carried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Sampler:
         device.
         """
         device = cond.tokens.device
-        x, states = rng.normal(ctx.seed, "sample", keys, shape).to(device), []
+        x, states = carried(rng.normal(ctx.seed, "sample", keys, shape), device), []
         levels = self.levels(ctx.process, device)
         for number, level in enumerate(levels):
             states.append(x)
@@ -77,7 +77,7 @@ class Sampler:
             x, std = stochastic_step(ctx, x, raw, t, levels[number + 1].expand(len(keys)), self.solver, self.eta)
             if self.solver != "ddim":
                 step = torch.full((len(keys), 1), number + 1, dtype=torch.int64)
-                noise = rng.normal(ctx.seed, "renoise", torch.cat([keys, step], dim=1), shape).to(device)
+                noise = carried(rng.normal(ctx.seed, "renoise", torch.cat([keys, step], dim=1), shape), device)
                 x = x + like(std, x) * noise
         raise AssertionError("a sampler has at least one level")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..types import Loss
+from ..types import Loss, carried
 from ..world import World
 from .state import Report
 
@@ -35,7 +35,7 @@ class Tally:
     def add(self, loss: Loss, groups: Tensor) -> None:
         """loss: of one micro-batch; groups: [] count of its valid groups."""
         self._same_names(loss)
-        self.loss += torch.stack([loss.per_group.detach().sum().double(), groups.to(self.device).double()])
+        self.loss += torch.stack([loss.per_group.detach().sum().double(), carried(groups, self.device).double()])
         if self.names:
             rows = pad_sequence([loss.metrics[name].detach().flatten().double() for name in self.names],
                                 batch_first=True, padding_value=torch.nan)  # [names, longest]
@@ -56,7 +56,7 @@ class Tally:
 
     def reduce(self, world: World, grad_norm: Tensor, stop: bool) -> Totals:
         """One sum over processes, one read by the host: the step's only wait for the device."""
-        parts = [self.loss, self.sums, self.counts, self.seen, self.loss.new_tensor([float(stop)])]
+        parts = [self.loss, self.sums, self.counts, self.seen, self.loss.new_full((1,), float(stop))]
         packed = world.sum(torch.cat([part for part in parts if part is not None]))
         *values, norm = torch.cat([packed, grad_norm.detach().double().reshape(1)]).tolist()
         n = len(self.names)

@@ -21,7 +21,7 @@ from .. import rng
 from ..errors import CheckpointError
 from ..methods import Context, Method
 from ..models.base import Denoiser
-from ..types import Memory
+from ..types import Memory, carried
 from ..world import on_first, raise_together, whole, world_of
 from . import checkpoint, guard, sharding
 from .feed import Feed, Source, to_device
@@ -188,7 +188,7 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         micros = self.feed.take(self.state.step)
         counts = [batch.valid.any(1).sum() for batch in micros]  # a group without a candidate is padding
-        groups = self.world.sum(torch.stack(counts).sum().to(self.device)).clamp(min=1)
+        groups = self.world.sum(carried(torch.stack(counts).sum(), self.device)).clamp(min=1)
         tally, traces = Tally(self.device), []
         for index, (batch, count) in enumerate(zip(micros, counts)):
             is_last = index == len(micros) - 1
@@ -242,7 +242,7 @@ class _Trainer:
         norm = totals.grad_norm if totals.grad_norm < float("inf") else float("nan")
         totals.report.update(grad_norm=(norm, 1.0) if norm == norm else (0.0, 0.0),
                              clipped=(float(norm > self.spec.max_grad_norm), 1.0))
-        if not self.accelerator.optimizer_step_was_skipped:
+        if norm == norm:  # else float16 overflowed; accelerate does not see that a fused optimizer skipped its step
             state.updates += 1
             if self.average is not None:
                 self.average.update()
@@ -296,7 +296,7 @@ class _Trainer:
             batch = self.feed.take(0)[0]
             loss, apart = guard.compare_sets(self.method, to_device(batch, self.device), self._context())
         raise_together(self.world, guard.disagreement_error(apart), guard.TrainingError)
-        local = torch.stack([loss.per_group.sum().double(), batch.valid.any(1).sum().to(self.device).double()])
+        local = torch.stack([loss.per_group.sum().double(), carried(batch.valid.any(1).sum(), self.device).double()])
         total, groups = self.world.sum(local).tolist()
         self.initial_loss = total / max(1.0, groups)
         why = f" (policy = {', '.join(apart)}, margin 0; logistic DPO gives ln 2 = 0.693)" if apart else ""

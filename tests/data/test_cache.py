@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from diffalign.data import ledger
+from diffalign.data import encoding, ledger, store
 from diffalign.data.buckets import apply, plan
 from diffalign.data.cache import Cache, short
 from diffalign.data.columns import ImageRef
 from diffalign.data.encoding import encode
 from diffalign.data.images import decode, pixels
 from diffalign.data.store import Store, intact
-from diffalign.errors import DataError, ResourceError
+from diffalign.errors import DataError, ResourceError, UserError
+from diffalign.world import Single
 
 from .. import ranks
-from .toy import ToyEncoders, jsonl, pairs, picture, spec
+from .toy import Together, ToyEncoders, jsonl, pairs, picture, spec
+
+ALONE = Single()
 
 
-def build(path, folder, *, encoders=None, resolution=16, seed=0, part="train", facts=None, rank=0, world=1, barrier=None,
+def build(path, folder, *, encoders=None, resolution=16, seed=0, part="train", facts=None, world=ALONE,
           **options):
     encoders = encoders or ToyEncoders()
     report = encode(spec(path, **options), lambda: encoders, cache_dir=folder / "cache", resolution=resolution, seed=seed,
-                    part=part, facts=facts or encoders, rank=rank, world=world, barrier=barrier or (lambda: None),
-                    progress=False)
+                    part=part, facts=facts or encoders, world=world, progress=False)
     return report, encoders
 
 
@@ -74,7 +76,7 @@ def test_everything_is_encoded_once(tmp_path):
     path.write_text(path.read_text() * 6)
     report, encoders = build(path, tmp_path)
     assert (report.groups, report.images, report.prompts) == (6, 2, 1)
-    assert encoders.calls == [("images", 2), ("prompts", 1)]
+    assert encoders.calls == [("images", 4), ("prompts", 4)]  # 2 and 1, in whole batches
     again, fresh = build(path, tmp_path, encoders=ToyEncoders())
     assert fresh.calls == [] and (again.encoded_images, again.groups) == (0, 6)
 
@@ -306,17 +308,14 @@ def test_several_processes_share_the_work(tmp_path, world):
     alone = Cache(build(path, tmp_path / "alone", bad_rows="skip")[0].manifest)
 
     def together(**options):
-        barrier, encoders, ends = threading.Barrier(world, timeout=20), [ToyEncoders() for _ in range(world)], [None] * world
+        encoders, ends = [ToyEncoders() for _ in range(world)], [None] * world
 
-        def rank(r):
+        def work(rank):
             try:
-                ends[r] = build(path, tmp_path / "shared", encoders=encoders[r], rank=r, world=world, barrier=barrier.wait,
-                                **options)[0]
+                ends[rank.rank] = build(path, tmp_path / "shared", encoders=encoders[rank.rank], world=rank, **options)[0]
             except DataError as error:
-                ends[r] = str(error)
-        threads = [threading.Thread(target=rank, args=(r,)) for r in range(world)]
-        [thread.start() for thread in threads]
-        [thread.join(30) for thread in threads]
+                ends[rank.rank] = str(error)
+        Together(world).run(work)
         return ends, encoders
 
     ends, _ = together()
@@ -324,7 +323,7 @@ def test_several_processes_share_the_work(tmp_path, world):
     ends, encoders = together(bad_rows="skip")
     assert [(end.groups, end.bad_rows) for end in ends] == [(9, 1)] * world
     assert Cache(ends[0].manifest).identity == alone.identity
-    assert not list((tmp_path / "shared").rglob(f"failures-{ends[0].manifest.stem}-*"))
+    assert not list((tmp_path / "shared").rglob("looks-*"))
 
 
 def test_no_file_is_read_by_every_process(tmp_path, monkeypatch):
@@ -335,34 +334,67 @@ def test_no_file_is_read_by_every_process(tmp_path, monkeypatch):
     build(path, tmp_path / "alone")
     assert set(reads.values()) == {1} and len(reads) == 20
     reads.clear()
-    barrier = threading.Barrier(4, timeout=20)
-    threads = [threading.Thread(target=build, args=(path, tmp_path / "shared"),
-                                kwargs={"rank": r, "world": 4, "barrier": barrier.wait}) for r in range(4)]
-    [thread.start() for thread in threads]
-    [thread.join(30) for thread in threads]
+    Together(4).run(lambda rank: build(path, tmp_path / "shared", world=rank))
     assert set(reads.values()) == {2} and len(reads) == 20
     assert not list((tmp_path / "shared").rglob("looks-*"))
 
 
-@pytest.mark.parametrize("kind", ["looks", "failures"])
-def test_what_another_run_removes_meanwhile(tmp_path, kind):
-    """Two runs of several processes at once share the names of these files, and the first to end removes them: pictures are
-    then looked at anew, and what another process had to say of failures is missed aloud."""
-    path = pairs(tmp_path, 4)
+def test_looks_that_are_swept_away_meanwhile(tmp_path):
+    """Pictures are then looked at anew."""
+    path, ends = pairs(tmp_path, 4), []
     alone = Cache(build(path, tmp_path / "alone")[0].manifest)
-    barrier = threading.Barrier(2, timeout=20, action=lambda: [f.unlink() for f in (tmp_path / "shared").rglob(f"{kind}-*")])
-    ends = []
+    gone = []
 
-    def rank(r):
+    def sweep():
+        gone.extend(file.unlink() for file in (tmp_path / "shared").rglob("looks-*"))
+    Together(2, sweep).run(lambda rank: ends.append(build(path, tmp_path / "shared", world=rank)[0]))
+    assert gone and [Cache(end.manifest).identity for end in ends] == [alone.identity] * 2
+
+
+def test_processes_that_do_not_see_the_same_take_one_turn(tmp_path, monkeypatch):
+    """A cache that one process finds and another does not (it was built this moment): all build, and none waits for ever."""
+    path, found, ends = pairs(tmp_path, 4), encoding._Job.found, []
+    first = build(path, tmp_path)[0]
+    before = shards(tmp_path / "cache")
+    monkeypatch.setattr(encoding._Job, "found", lambda job: found(job) if job.world.rank else None)
+    Together(2).run(lambda rank: ends.append(build(path, tmp_path, world=rank)[0]))
+    assert [end.manifest for end in ends] == [first.manifest] * 2 and {end.encoded_images for end in ends} == {0}
+    assert shards(tmp_path / "cache") == before
+
+
+@pytest.mark.parametrize("owner, name", [(encoding._Job, "__init__"), (ledger.Ledger, "__enter__"), (encoding, "_scan"),
+                                         (encoding, "_write_set")])
+def test_an_error_of_one_process_ends_all(tmp_path, monkeypatch, owner, name):
+    """A disk that only one of them cannot write to, whenever it is met: the first that comes here has the error."""
+    path, real, ends, calls = pairs(tmp_path, 4), getattr(owner, name), {}, count()
+
+    def failing(*args):
+        if next(calls) == 0:
+            raise ResourceError("the disk of one is full")
+        return real(*args)
+
+    def work(rank):
         try:
-            ends.append(Cache(build(path, tmp_path / "shared", rank=r, world=2, barrier=barrier.wait)[0].manifest).identity)
-        except ResourceError as error:
-            ends.append(str(error))
-    threads = [threading.Thread(target=rank, args=(r,)) for r in range(2)]
-    [thread.start() for thread in threads]
-    [thread.join(30) for thread in threads]
-    assert len(ends) == 2
-    assert ends == [alone.identity] * 2 if kind == "looks" else all("has ended and removed" in end for end in ends)
+            build(path, tmp_path, world=rank)
+        except UserError as error:
+            ends[rank.rank] = str(error)
+    monkeypatch.setattr(owner, name, failing)
+    Together(2).run(work)
+    assert ends == dict.fromkeys((0, 1), "the disk of one is full")
+    monkeypatch.setattr(owner, name, real)
+    assert build(path, tmp_path)[0].groups == 4
+
+
+def test_a_live_ledger_is_not_swept(tmp_path, monkeypatch):
+    """However long its process waits for the others; what a killed one left is."""
+    monkeypatch.setattr(store, "STALE_SECONDS", -1)
+    left = tmp_path / ".tmp-left"
+    left.write_bytes(b"")
+    with ledger.Ledger(tmp_path) as known:
+        assert known.queue("text", b"key")
+        store.sweep(tmp_path)
+        assert not left.exists() and len(list(tmp_path.glob(".tmp-*"))) == 1 and known.knows("text", b"key")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_changes_between_hashing_and_encoding_is_refused(tmp_path, monkeypatch):
@@ -372,16 +404,14 @@ def test_a_file_that_changes_between_hashing_and_encoding_is_refused(tmp_path, m
         seen.update([ref.path.name])
         return read(ref) + (b"more" if ref.path.name == "chosen1.png" and seen["chosen1.png"] == 2 else b"")
     monkeypatch.setattr(ImageRef, "read", fickle)
-    barrier, ends = threading.Barrier(2, timeout=20), []
+    ends = []
 
-    def rank(r):
+    def work(rank):
         try:
-            build(path, tmp_path / "shared", rank=r, world=2, barrier=barrier.wait)
+            build(path, tmp_path / "shared", world=rank)
         except DataError as error:
             ends.append(str(error))
-    threads = [threading.Thread(target=rank, args=(r,)) for r in range(2)]
-    [thread.start() for thread in threads]
-    [thread.join(30) for thread in threads]
+    Together(2).run(work)
     assert len(ends) == 2 and all("chosen1.png has changed while it was encoded" in end for end in ends)
 
 

@@ -10,7 +10,7 @@ import sys
 import datasets
 import pytest
 
-from diffalign.data.columns import Tally, normalised, read_rows
+from diffalign.data.columns import Tally, files_below, normalised, read_rows
 from diffalign.data.spec import DataSpec
 from diffalign.errors import DataError
 
@@ -284,3 +284,13 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
     with pytest.raises(DataError, match="owner/name: no such file or folder here, .* cannot be reached .Name or service"):
         list(read_rows(spec("owner/name"), Tally()))
     assert asked == ["owner/name"] and offline == [True] and datasets.config.HF_HUB_OFFLINE is False
+
+
+def test_files_below_a_folder(tmp_path):
+    """As ``Path.rglob`` finds them, hidden ones and folders of such a name too, links to folders not followed."""
+    for name in ("a.tar", "b/c.tar", "b/.d.tar", "b/c/e.png", "f.tar/g.jsonl", "a.tar.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    expected = {path for path in tmp_path.rglob("*") if path.suffix in (".tar", ".jsonl")}
+    assert set(files_below(tmp_path, (".tar", ".jsonl"))) == expected and len(expected) == 5

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffalign.data.order import Order
+from diffalign import rng
+from diffalign.data.order import BLOCK, Order
 
 CASES = st.fixed_dictionaries({
     "sizes": st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(sum), "seed": st.integers(0, 2**40),
@@ -52,6 +53,29 @@ def test_buckets_get_their_share():
         for got, n in zip(taken, (30, 20, 10), strict=True):
             assert abs(got - (step + 1) * n / 60) < 1 + 1e-9
     assert taken == [300, 200, 100]
+
+
+def test_the_rule_over_many_steps():
+    """Two thousand steps and more by the rule as it is said, walked and jumped to: blocks of steps leave no seam."""
+    sizes, seed, taken = [7, 0, 19, 5], 11, [0, 0, 0, 0]
+    order = Order(sizes, seed=seed, groups_per_step=3)
+    for step in range(2 * BLOCK + 100):
+        deficits = [(step + 1) * n - 31 * had for n, had in zip(sizes, taken, strict=True)]
+        bucket = deficits.index(max(deficits))
+        if step % 97 == 0 or step % BLOCK in (0, BLOCK - 1):
+            visit, inside = divmod(3 * taken[bucket], sizes[bucket])
+            first = rng.permutation(sizes[bucket], seed, "order", bucket, visit)[inside]
+            for place in (order.at(step), Order(sizes, seed=seed, groups_per_step=3).at(step)):
+                assert (place.bucket, place.visits[0], place.rows[0]) == (bucket, visit, first)
+        taken[bucket] += 1
+    assert order.at(5).rows.tolist() == Order(sizes, seed=seed, groups_per_step=3).at(5).rows.tolist()  # backwards
+
+
+@pytest.mark.parametrize("n", [1, 2, 100, 70_000])
+def test_rows_are_those_of_the_permutation(n):
+    """In numbers of 32 bits, the swaps are the same."""
+    rows = Order([n], seed=3, groups_per_step=n).at(2).rows
+    np.testing.assert_array_equal(rows, rng.permutation(n, 3, "order", 0, 2))
 
 
 def test_visits_differ_and_seeds_differ():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,36 @@ class ToyEncoders:
 
     def unconditional(self):
         return torch.zeros(1, LENGTH, WIDTH), torch.zeros(1, WIDTH) if self.family == "sdxl" else None
+
+
+class Together:
+    """A world of threads. act: is done whenever all have met."""
+
+    def __init__(self, size: int, act=lambda: None):
+        self.size, self.texts, self.barrier = size, [""] * size, threading.Barrier(size, timeout=20, action=act)
+
+    def run(self, work) -> None:
+        """work(world) in every thread, until all have ended."""
+        threads = [threading.Thread(target=work, args=(Rank(rank, self.size, self),)) for rank in range(self.size)]
+        [thread.start() for thread in threads]
+        [thread.join(30) for thread in threads]
+        assert not any(thread.is_alive() for thread in threads)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of them, as ``diffalign.world.World``."""
+
+    rank: int
+    size: int
+    together: Together
+
+    def gather(self, text: str) -> list[str]:
+        self.together.texts[self.rank] = text
+        self.together.barrier.wait()
+        texts = list(self.together.texts)
+        self.together.barrier.wait()
+        return texts
 
 
 def pairs(folder: Path, count: int = 6, *, sizes=((16, 16),), prompts: int = 3, name: str = "pairs.jsonl") -> Path:

@@ -14,6 +14,7 @@ from ..e2e.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import bench_train  # noqa: E402
+from bench import work, worker  # noqa: E402
 
 
 def test_ratios_are_taken_inside_a_round():
@@ -38,7 +39,7 @@ def test_ratios_are_taken_inside_a_round():
 
 def test_full_size_parts_without_weights(tmp_path):
     """SDXL base: UNet 2,567.5 M, VAE 83.7 M, CLIP-L 123.1 M and bigG 694.7 M."""
-    parts = bench_train.sdxl(tmp_path, "meta")
+    parts = work.sdxl(tmp_path, "meta")
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if hasattr(part, "parameters")}
     assert count["unet"] == 2_567_463_684 and count["vae"] == 83_653_863
     assert count["text_encoder"] == 123_060_480 and count["text_encoder_2"] == 694_659_840
@@ -46,7 +47,7 @@ def test_full_size_parts_without_weights(tmp_path):
 
 
 def test_the_clock_counts_stages_only_while_it_is_on():
-    clock = bench_train.Clock(torch.device("cpu"))
+    clock = worker.Clock(torch.device("cpu"))
     owner = SimpleNamespace(act=lambda x: x + 1)
     clock.watch(owner, "act", "work")
     assert owner.act(1) == 2 and clock.seconds == {}

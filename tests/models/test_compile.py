@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffalign.errors import ConfigError
 from diffalign.models import LoRA, WeightBank
 from diffalign.models.base import compile_blocks
 from diffalign.run import parts
@@ -92,3 +93,14 @@ def test_a_race_keeps_the_faster(bank, monkeypatch, slower):
         assert said == "2 s a pass compiled, 1 s as they are" and not compiled(bank)
     else:
         assert said is None and compiled(bank)
+
+
+@pytest.mark.parametrize("error", [ImportError("no xformers"), NotImplementedError("no operator found\nfor cutlassF")])
+def test_xformers_that_cannot_run_here_is_one_line(error):
+    def refuse():
+        raise error
+
+    denoiser = SimpleNamespace(module=SimpleNamespace(enable_xformers_memory_efficient_attention=refuse))
+    recipe = SimpleNamespace(train=SimpleNamespace(enable_xformers_memory_efficient_attention=True))
+    with pytest.raises(ConfigError, match=r"xformers cannot be used here \(no [a-z ]+\); run `pip"):
+        parts._attention(denoiser, recipe)

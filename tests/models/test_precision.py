@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffalign.models import narrow_norms
+from diffalign.models.counts import _WideNorms
 from diffalign.types import Cond
 
 from . import tiny
@@ -69,3 +71,22 @@ def test_bf16_base_is_near_float32(folders, family):
     with torch.no_grad():
         one, other = exact(*inputs), half(*inputs).float()
     assert (one - other).norm() / one.norm() < 0.05
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+def test_narrow_norms_are_those_of_the_stock_model_in_bfloat16(folders, family):
+    """Without autocast stock bfloat16 norms take bfloat16. Under CUDA's rules they would become float32; these do not."""
+    denoiser = tiny.load_denoiser(tiny.spec(folders(family)), dtype=torch.bfloat16)
+    xt, t, cond = tiny.random_input(denoiser)
+    with torch.no_grad():
+        stock = denoiser(xt, t, cond)
+        narrow_norms(denoiser)
+        seen = []
+        for layer in denoiser.module.modules():
+            if isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+                layer.register_forward_hook(lambda m, args, out: seen.append((args[0].dtype, out.dtype)))
+        with torch.autocast("cpu", torch.bfloat16), _WideNorms():
+            narrow = denoiser(xt, t, cond)
+    assert seen and {out for _, out in seen} == {torch.bfloat16}
+    torch.testing.assert_close(narrow.float(), stock.float(), atol=0.02, rtol=0.02)
+    assert denoiser.module.state_dict().keys() == tiny.load_denoiser(tiny.spec(folders(family))).module.state_dict().keys()

@@ -10,7 +10,7 @@ from diffalign.errors import ConfigError
 from diffalign.likelihood import DenoisingELBO
 from diffalign.methods import Preference
 from diffalign.objectives import KTO, MaPO, Pairwise, Regularized
-from diffalign.train import TrainingError, make_accelerator
+from diffalign.train import TrainingError, make_accelerator, optim
 
 from . import toy
 
@@ -226,6 +226,23 @@ def test_autocast_is_on_for_both_sets(tmp_path):
 def test_fp16_on_cpu_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="train.mixed_precision: fp16 needs a CUDA device"):
         toy.train(tmp_path, mixed_precision="fp16")
+
+
+def test_a_fused_step_that_overflowed_is_no_update(tmp_path, monkeypatch):
+    """CUDA's AdamW is fused and skips by itself, which accelerate takes for a step: three of them looked like weights that
+    stand still, and ended the run. The scale of 2^126 gives infinite gradients until a few sixteenths of it are left."""
+    accelerator = make_accelerator(toy.spec(), tmp_path)
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-4))
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    monkeypatch.setitem(optim.OPTIMIZERS, "adamw", lambda params, spec: torch.optim.AdamW(params, lr=1e-3, fused=True))
+    clean = []
+
+    class Count:
+        def after_step(self, state, report):
+            clean.append(state.updates)
+    toy.train(tmp_path, accelerator=accelerator, max_train_steps=40, hooks=[Count()])
+    assert clean[5] == 0 and 0 < clean[-1] < 35 and clean == sorted(clean)
 
 
 def test_low_precision_weights_are_refused(tmp_path):
