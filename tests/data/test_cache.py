@@ -428,8 +428,6 @@ def test_two_builds_at_once(tmp_path):
 
 def slowly(folder: Path, delay: float) -> None:
     """Builds ``folder``'s cache, in shards of one batch."""
-    from diffalign.data import store
-
     class Slow(ToyEncoders):
         def encode_images(self, pixels):
             time.sleep(delay)
