@@ -16,7 +16,9 @@ SERVER.set_forkserver_preload(["tests.warm"])
 
 
 def join(folder: Path, rank: int, world: int, **variables: str) -> None:
-    """Makes this process a rank, with the variables that a launcher sets. A file in the folder is the meeting point."""
+    """Makes this process a rank of several, with the variables that a launcher sets; the folder holds the meeting point."""
+    if world == 1:
+        return
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
@@ -28,7 +30,8 @@ def join(folder: Path, rank: int, world: int, **variables: str) -> None:
 
 def start(function: Callable[..., int | None], *args, said: Path, before: Callable[[], None] | None = None):
     """``function(*args)``, which a module names, in a process; an integer that it returns is the exit code. said: file for
-    what it prints. before: a function that a module names, called first. Its caller ends it.
+    what it prints; its errors go into one beside it that ends in .err. before: a function that a module names, called first.
+    Its caller ends it.
     """
     import torch
 
@@ -53,9 +56,9 @@ def together(function: Callable[..., int | None], *args, folder: Path, world: in
         for process in ranks:
             process.kill()
             process.join()
-    texts = [file.read_text(errors="replace") for file in said]
-    assert [process.exitcode for process in ranks] == [0] * world, [text[-2000:] for text in texts]
-    return texts
+    errors = [file.with_suffix(".err").read_text(errors="replace")[-2000:] for file in said]
+    assert [process.exitcode for process in ranks] == [0] * world, errors
+    return [file.read_text(errors="replace") for file in said]
 
 
 def _run(function, args, said, before, place, environment, threads) -> None:
@@ -64,8 +67,8 @@ def _run(function, args, said, before, place, environment, threads) -> None:
     os.chdir(place)
     os.environ.clear()
     os.environ.update(environment)
-    with open(said, "wb") as file:
-        for stream in (1, 2):
+    for stream, name in ((1, said), (2, said.with_suffix(".err"))):
+        with open(name, "wb") as file:
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(threads)
     if before is not None:

@@ -420,7 +420,7 @@ def test_two_builds_at_once(tmp_path):
     running = [ranks.start(slowly, tmp_path, 0.002, said=tmp_path / f"said-{n}.txt") for n in range(2)]
     for n, process in enumerate(running):
         process.join(120)
-        assert process.exitcode == 0, (tmp_path / f"said-{n}.txt").read_text()
+        assert process.exitcode == 0, (tmp_path / f"said-{n}.err").read_text()
     report, encoders = build(path, tmp_path, encoders=ToyEncoders())
     assert encoders.calls == [] and report.groups == 40
     assert all(intact(file) for file in (tmp_path / "cache").rglob("*.arrow"))

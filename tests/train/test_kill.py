@@ -99,7 +99,7 @@ def test_sigterm_saves_and_exits_75(tmp_path):
     finally:
         process.kill()
     assert process.exitcode == 75 and time.monotonic() - asked < 5
-    said = (tmp_path / "run.txt").read_text()
+    said = (tmp_path / "run.err").read_text()
     assert "resume by running the same command again" in said and "Traceback" not in said
     saved = checkpoints(tmp_path / "run")
     assert len(saved) == 1 and 4 <= int(saved[0].name.split("-")[1]) < 10
