@@ -21,6 +21,7 @@ from .rewriter import TOKENIZER, Rewriter
 from .spec import DpoSpec, GrpoSpec, Tuning
 
 MODEL, CHECKPOINTS = "model", "checkpoints"
+STATE = "trainer_state.json"  # what transformers writes last into a checkpoint
 
 
 def trl() -> Any:
@@ -119,7 +120,6 @@ def _train(trainer_class: Callable, options: Any, source: Rewriter, table: list[
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     if options.n_gpu > 1:
         raise ConfigError("TRL trains in a process for each GPU, and here one sees several: run it as `accelerate launch "
@@ -134,8 +134,7 @@ def _train(trainer_class: Callable, options: Any, source: Rewriter, table: list[
     trainer = trainer_class(model=model, args=options, train_dataset=Dataset.from_list(table), processing_class=tokenizer,
                             peft_config=lora)
     trainer.remove_callback(PrinterCallback)  # what it would print is in stage.json
-    last = get_last_checkpoint(options.output_dir) if Path(options.output_dir).is_dir() else None
-    result = trainer.train(resume_from_checkpoint=last)
+    result = trainer.train(resume_from_checkpoint=_last(Path(options.output_dir)))
     if trainer.accelerator.is_main_process:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         merged.config.pad_token_id, merged.generation_config.pad_token_id = before["pad_token_id"], before["generation"]
@@ -143,6 +142,12 @@ def _train(trainer_class: Callable, options: Any, source: Rewriter, table: list[
     trainer.accelerator.wait_for_everyone()
     log = [{key: entry[key] for key in entry if isinstance(entry[key], (int, float))} for entry in trainer.state.log_history]
     return {"rows": len(table), "steps": int(trainer.state.global_step), "loss": float(result.training_loss), "log": log}
+
+
+def _last(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: a run may have been killed while it wrote one."""
+    whole = {int(file.parent.name.rpartition("-")[2]): file.parent for file in folder.glob(f"checkpoint-*/{STATE}")}
+    return str(whole[max(whole)]) if whole else None
 
 
 def _check_layers(model: Any, spec: Tuning, source: Rewriter) -> None:

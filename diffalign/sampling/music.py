@@ -36,7 +36,7 @@ class CodeSampler:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
 
     @torch.no_grad()
-    def __call__(self, ctx, name: str, cond: Cond, keys: Tensor, device=None) -> Tensor:
+    def __call__(self, ctx, name: str, cond: Cond, keys: Tensor, device="cpu") -> Tensor:
         """cond: of N rows; keys: [N, J] int64, which seed each clip by itself -> codes [N, C, T] on the CPU. ctx: ``predict``,
         ``process`` and ``seed``; name: the weight set.
         """
