@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 
 from . import __version__
 from .errors import UserError
@@ -104,17 +105,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _quiet_libraries() -> None:
     """Bars, notices of loading and hoarded memory belong to the libraries' own users. Whoever sets these variables keeps the
-    last word."""
+    last word. No library is imported for it: they read them when they are."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # its own keeps 10 to 20 MiB of what was freed
-    from . import _compat  # noqa: F401  (before diffusers)
-    from diffusers.utils import logging as diffusers_logging  # isort: skip
-    from transformers.utils import logging as transformers_logging  # isort: skip
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
+    for library in {"diffusers", "transformers"} & set(sys.modules):  # of a program that calls ``main``
+        import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -142,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             switches = {name: getattr(args, name) for name, *_ in (*command.switches, *command.settings)}
             spec = getattr(config, command.load)(*given, args.overrides)
             with world.left_in_order():
-                getattr(run, args.command.replace("-", "_"))(spec, printer=print, **switches)
+                getattr(run, args.command.replace("-", "_"))(spec, printer=_printed, **switches)
             return 0
         except UserError as error:
             if args.debug:
@@ -154,9 +153,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
 
 
+def _tame(text: str) -> str:
+    """Text that steers no terminal: prompts and names of files and of archives' members may hold anything."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def _line(text: str) -> str:
-    """One line that steers no terminal: names of files and of archives' members may hold anything."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
+    return _tame(" ".join(text.split()))
+
+
+def _printed(text: str) -> None:
+    print(_tame(text))
 
 
 def _say_once(text: str) -> None:

@@ -125,8 +125,10 @@ class InstructPix2Pix:
         import diffusers
 
         from ..models.folder import IGNORED
+        from ..models.load import quiet_bars
         from ..rewards.weights import on_device
 
+        quiet_bars()
         folder = self._inspected()
         absent = {name: None for name in folder.index if name in IGNORED}
         if folder.pipeline == PIPELINES[0]:

@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from scipy.io import wavfile
+import scipy  # its parts load on first use
 
 from ..errors import DataError
 from ..rewards.sound import SILENT, flat_tops
@@ -23,8 +23,8 @@ def read_wav(data: bytes, rate: int) -> np.ndarray:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks that it does not know
-            found, samples = wavfile.read(io.BytesIO(data))
+            warnings.simplefilter("ignore", scipy.io.wavfile.WavFileWarning)  # of chunks that it does not know
+            found, samples = scipy.io.wavfile.read(io.BytesIO(data))
     except Exception as error:  # the reader raises whatever a broken header leads to
         raise DataError(f"not a WAV file that can be read ({type(error).__name__}: {str(error)[:80]})") from None
     if found != rate:
@@ -53,5 +53,5 @@ def check_wave(wave: np.ndarray) -> None:
 def write_wav(wave: np.ndarray, rate: int) -> bytes:
     """[samples] or [channels, samples] in [-1, 1] -> a WAV file of 16 bits; what lies outside is cut off."""
     file = io.BytesIO()
-    wavfile.write(file, rate, np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16).T)
+    scipy.io.wavfile.write(file, rate, np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16).T)
     return file.getvalue()

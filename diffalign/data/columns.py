@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from .. import rng
-from ..errors import DataError
+from ..errors import DataError, first_line
 from . import tars
 from .images import MAX_BYTES
 from .spec import DataSpec
@@ -601,7 +601,7 @@ BUILDERS = {".arrow": "arrow", ".csv": "csv"}
 
 def _library(path: str, table: Path | None, split: str, spec: DataSpec) -> Iterator[tuple[str, dict]]:
     """Parquet, Arrow, CSV, saved data sets and the hub through ``datasets``, pictures undecoded."""
-    files = [str(table)] if table else _guarded(path, lambda: _files(path, split, spec))
+    files = [str(table)] if table else _asked_once(path, spec, lambda: _files(path, split, spec))
     if files and files[0].endswith(".tar"):
         yield from _samples(files)
         return
@@ -609,7 +609,7 @@ def _library(path: str, table: Path | None, split: str, spec: DataSpec) -> Itera
     if files and files[0].endswith(".parquet"):
         rows = _parquet(files)
     else:
-        rows = iter(_guarded(path, lambda: _open_library(path, table, split, spec)))
+        rows = iter(_asked_once(path, spec, lambda: _open_library(path, table, split, spec)))
     number = 0
     while (record := _guarded(f"{name} near row {number}", lambda: next(rows, None))) is not None:
         yield f"{name} row {number}", record
@@ -628,6 +628,42 @@ def _is_hub(path: str) -> bool:
     """Whether this may be a data set's id on the hub."""
     return (re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) is not None
             and Path(path).suffix not in (*BUILDERS, ".parquet", ".jsonl", ".json"))
+
+
+def _asked_once(path: str, spec: DataSpec, call: Callable):
+    """``call``, guarded. A hub that cannot be reached is asked once, and ``datasets`` then takes what it has cached; by itself
+    it would ask for half a minute."""
+    problem = _unreachable(path, spec.revision) if _is_hub(path) and not Path(path).exists() else None
+    if problem is None:
+        return _guarded(path, call)
+    import datasets
+
+    def cached():
+        try:
+            return call()
+        except ConnectionError:
+            raise DataError(f"{path}: no such file or folder here, no copy of such a data set is cached, and the hub cannot "
+                            f"be reached ({problem}); check the path and the network") from None
+
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        return _guarded(path, cached)
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _unreachable(path: str, revision: str | None) -> str | None:
+    """Why the hub gives no answer at all; None where it gives one, whatever it is."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(path, revision=revision, timeout=10)
+    except HfHubHTTPError:
+        return None
+    except Exception as error:  # of whichever HTTP library the hub's client uses in this version
+        return first_line(error)
+    return None
 
 
 def _files(path: str, split: str, spec: DataSpec) -> list[str]:

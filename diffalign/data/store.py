@@ -111,7 +111,7 @@ def intact(path: Path, full: bool = True) -> bool:
 def sha256(path: Path):
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 18):
             digest.update(block)
     return digest
 

@@ -39,7 +39,7 @@ BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 def shards(path: str) -> list[str] | None:
     """The local archives that ``path`` names, in order: a file, a glob pattern, or WebDataset's range of numbers in braces;
-    None when it names no archive. Raises DataError for one that is not there."""
+    None when it names no archive. Raises DataError for one that is not there, and for a range that counts down."""
     if not path.endswith(".tar"):
         return None
     names = []
@@ -58,6 +58,8 @@ def _expanded(path: str) -> Iterator[str]:
         yield path
         return
     first, last = found.groups()
+    if int(first) > int(last):
+        raise DataError(f"{path}: the range {found.group()} counts down; write {{{last}..{first}}}")
     for number in range(int(first), int(last) + 1):
         yield from _expanded(f"{path[:found.start()]}{number:0{len(first)}d}{path[found.end():]}")
 

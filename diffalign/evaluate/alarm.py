@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
-from scipy.stats import t as student
+import scipy  # its parts load on first use
 
 from .medium import PICTURES, Medium
 from .statistics import FEWEST
@@ -159,13 +159,20 @@ class Alarm:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def verdict(self) -> str:
+        """"alarm", "no alarm", or "not enough prompts" to say either."""
+        return "alarm" if self.fired else "no alarm" if self.prompts >= FEWEST else "not enough prompts"
+
+    @property
     def sentence(self) -> str:
         """One line for people."""
         if self.fired:
             more = [f"and {len(self.reasons) - TOLD} more"] if len(self.reasons) > TOLD else []
             rise = f"while {_moved('the training reward', self.training)}, " if self.training else ""
             return f"Reward hacking: {rise}{'; '.join([*self.reasons[:TOLD], *more])}."
-        return "No sign of reward hacking." if self.prompts >= FEWEST else f"No alarm: {'; '.join(self.notes)}."
+        if self.prompts < FEWEST:
+            return f"No verdict on reward hacking: {'; '.join(self.notes)}."
+        return "No sign of reward hacking."
 
 
 def alarm(looks: np.ndarray, *, training: np.ndarray | None = None, judge: np.ndarray | None = None,
@@ -236,7 +243,7 @@ def _interval(rows: np.ndarray, level: float) -> tuple[float, float, float]:
 @cache
 def _quantile(level: float, count: int) -> float:
     """Student's, two-sided, of a mean of ``count`` values."""
-    return float(student.ppf(0.5 + level / 2, max(1, count - 1)))
+    return float(scipy.stats.t.ppf(0.5 + level / 2, max(1, count - 1)))
 
 
 def _change(scores: np.ndarray | None, level: float) -> Change | None:

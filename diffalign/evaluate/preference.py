@@ -106,14 +106,19 @@ class HeldoutPreference:
 
 @torch.no_grad()
 def heldout_preference(ctx: Context, batches: Sequence[Batch], *, draws: int = 8, against: str | None = "reference",
-                       weighting: Weighting = SIMPLE, device=None, world: World = ALONE) -> HeldoutPreference | None:
+                       weighting: Weighting = SIMPLE, known: dict[bytes, Tensor] | None = None, device=None,
+                       world: World = ALONE) -> HeldoutPreference | None:
     """ctx: predict(name, xt, t, cond), process, param, seed (its step and memory are not read). batches: held-out groups.
 
     against: None for a bank without a reference; ``accuracy`` is then None. weighting: the estimator's own, so that the
-    margin is the one that is trained. None when no batch holds a pair. world: its processes share the batches, and all have
-    the figures of one process, to the last bit.
+    margin is the one that is trained. known: errors of ``against`` by batch, read and added to, for a reference that stays:
+    measured again and again, it is asked once. None when no batch holds a pair. world: its processes share the batches, and
+    all have the figures of one process, to the last bit.
     """
-    return _summarised(_dealt(batches, lambda batch: vars(measure(ctx, batch, draws, against, weighting)), device, world))
+    def of(batch: Batch) -> dict[str, Tensor | None]:
+        return vars(measure(ctx, batch, draws, against, weighting, known))
+
+    return _summarised(_dealt(batches, of, device, world))
 
 
 def _summarised(parts: list[dict[str, Tensor]]) -> HeldoutPreference | None:
@@ -142,8 +147,10 @@ def _dealt(batches: Sequence[Batch], of: Callable[[Batch], dict[str, Tensor | No
 
 
 @torch.no_grad()
-def measure(ctx: Context, batch: Batch, draws: int, against: str | None, weighting: Weighting = SIMPLE) -> Margins:
-    """One batch of B groups; the model sees B*K rows at a time, one draw after another, reference first."""
+def measure(ctx: Context, batch: Batch, draws: int, against: str | None, weighting: Weighting = SIMPLE,
+            known: dict[bytes, Tensor] | None = None) -> Margins:
+    """One batch of B groups; the model sees B*K rows at a time, one draw after another, reference first. known: see
+    ``heldout_preference``."""
     ctx, keys = replace(ctx, seed=rng.integer(ctx.seed, "heldout")), draw_keys(batch.key, draws)
     noised = Shared().draw(batch, ctx, keys, stratified(ctx.seed, keys, draws))
     cond, rows = batch.cond.rows(batch.k), batch.groups * batch.k
@@ -153,8 +160,10 @@ def measure(ctx: Context, batch: Batch, draws: int, against: str | None, weighti
     def errors(name):
         return torch.stack([_error(ctx, name, part, cond).view(batch.groups, batch.k) for part in parts])  # [D, B, K]
 
-    reference = None if against is None else errors(against)
-    policy = errors("policy")
+    known, rows_of = {} if known is None else known, batch.key.cpu().numpy().tobytes()
+    if against is not None and rows_of not in known:
+        known[rows_of] = errors(against)
+    reference, policy = known.get(rows_of), errors("policy")
     b, w, l = _decided(batch)
     change = policy if reference is None else policy - reference
 

@@ -14,10 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
-from scipy.special import expit, log_expit, log_ndtr
+import scipy  # its parts load on first use
 
 from .. import rng
 from ..errors import DataError
@@ -57,8 +54,8 @@ class Comparisons:
     """
 
     models: tuple[str, ...]
-    wins: csr_array
-    ties: csr_array
+    wins: scipy.sparse.csr_array
+    ties: scipy.sparse.csr_array
 
     @property
     def clusters(self) -> int:
@@ -108,8 +105,8 @@ def compare_scores(scores: np.ndarray, models: Sequence[str]) -> Comparisons:
         outcome = outcomes(scores, scores[i][None])  # [M, P, S]: how picture i did against every other model's
         wins[:, i], ties[:, i] = (outcome == 1).sum(2).T, (outcome == 0.5).sum(2).T
         ties[:, i, i] = 0
-    return Comparisons(models=tuple(models), wins=csr_array(wins.reshape(prompts, -1)),
-                       ties=csr_array(ties.reshape(prompts, -1)))
+    return Comparisons(models=tuple(models), wins=scipy.sparse.csr_array(wins.reshape(prompts, -1)),
+                       ties=scipy.sparse.csr_array(ties.reshape(prompts, -1)))
 
 
 def win_fractions(comparisons: Comparisons) -> np.ndarray:
@@ -213,7 +210,7 @@ def separable(wins: np.ndarray) -> np.ndarray:
     """
     if len(wins) == 0:
         return np.zeros(0, bool)
-    _, group = connected_components(csr_array(wins > 0), directed=True, connection="strong")
+    _, group = scipy.sparse.csgraph.connected_components(scipy.sparse.csr_array(wins > 0), directed=True, connection="strong")
     sizes = np.bincount(group)
     if (sizes == sizes.max()).sum() > 1:
         return np.ones(len(wins), bool)
@@ -223,8 +220,9 @@ def separable(wins: np.ndarray) -> np.ndarray:
 def _fit(wins: np.ndarray, l2: float) -> np.ndarray:
     """[M, M] -> [M], nats, mean 0: the maximum of the penalised likelihood."""
     total = max(1.0, float(wins.sum()))  # per meeting, so that the tolerance means the same for ten votes and a million
-    found = minimize(lambda r: _objective(wins, r, l2) / total, np.zeros(len(wins)), method="trust-exact",
-                     jac=lambda r: _slopes(wins, r, l2)[0] / total, hess=lambda r: _slopes(wins, r, l2)[1] / total,
+    found = scipy.optimize.minimize(
+        lambda r: _objective(wins, r, l2) / total, np.zeros(len(wins)), method="trust-exact",
+        jac=lambda r: _slopes(wins, r, l2)[0] / total, hess=lambda r: _slopes(wins, r, l2)[1] / total,
                      options={"gtol": 1e-10}) if len(wins) else None
     # a last step of Newton's own: scipy stops at the tolerance of a gradient, which a weak prior makes a loose one
     return _newton(wins[None], found.x[None], l2)[0] if found is not None else np.zeros(0)
@@ -233,13 +231,13 @@ def _fit(wins: np.ndarray, l2: float) -> np.ndarray:
 def _objective(wins: np.ndarray, r: np.ndarray, l2: float) -> np.ndarray:
     """wins [..., M, M], r [..., M] -> [...]: minus the log-likelihood and the log-prior, nats."""
     margin = r[..., :, None] - r[..., None, :]
-    return -(wins * log_expit(margin)).sum((-2, -1)) + 0.5 * l2 * (r * r).sum(-1)
+    return -(wins * scipy.special.log_expit(margin)).sum((-2, -1)) + 0.5 * l2 * (r * r).sum(-1)
 
 
 def _slopes(wins: np.ndarray, r: np.ndarray, l2: float) -> tuple[np.ndarray, np.ndarray]:
     """Its gradient [..., M] and Hessian [..., M, M]."""
     met = wins + np.swapaxes(wins, -1, -2)
-    share = expit(r[..., :, None] - r[..., None, :])
+    share = scipy.special.expit(r[..., :, None] - r[..., None, :])
     gradient = (met * share).sum(-1) - wins.sum(-1) + l2 * r
     bend = met * share * (1 - share)
     diagonal = np.arange(r.shape[-1])
@@ -298,9 +296,9 @@ def _interval(samples: np.ndarray, clusters: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _counted(places: list[tuple[int, int]], shape: tuple[int, int]) -> csr_array:
+def _counted(places: list[tuple[int, int]], shape: tuple[int, int]) -> scipy.sparse.csr_array:
     rows, columns = np.asarray(places, np.int64).reshape(-1, 2).T
-    return csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)  # equal places are added up
+    return scipy.sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)  # equal places are added up
 
 
 # K-wise Bayesian skills
@@ -378,7 +376,7 @@ class KSort:
 def mean_shift(x: np.ndarray) -> np.ndarray:
     """V(x) = phi(x)/Phi(x), the mean of a unit normal above -x; finite also where Phi underflows."""
     x = np.asarray(x, np.float64)
-    return np.exp(-0.5 * x * x - 0.5 * math.log(2 * math.pi) - log_ndtr(x))
+    return np.exp(-0.5 * x * x - 0.5 * math.log(2 * math.pi) - scipy.special.log_ndtr(x))
 
 
 def variance_shift(x: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,9 @@ def write_report(folder: Path | str, run: Run, comparison: Comparison | None) ->
 def build(run: Run, comparison: Comparison | None) -> dict[str, Any]:
     """What report.json holds; all numbers finite or null.
 
-    ``alarm``: what the comparison's alarm says of the main model, null where none was asked: fired (true or false), reasons
-    and notes (sentences), statistics (rows of name, base, aligned, band_low, band_high, left: the band is the base's).
+    ``alarm``: what the comparison's alarm says of the main model, null where none was asked: fired (true or false), verdict
+    ("alarm", "no alarm", "not enough prompts"), reasons and notes (sentences), statistics (rows of name, base, aligned,
+    band_low, band_high, left: the band is the base's).
     """
     result = comparison.statistics if comparison is not None else None
     names = ("base_score", "aligned_score", "win_rate", "win_rate_low", "win_rate_high")
@@ -195,13 +197,20 @@ def grid_page(title: str, comparison: Comparison) -> str:
                    strengths=clean(_strengths(comparison)), strength_labels=_strength_labels(comparison))
 
 
-def render(template: str, **values) -> str:
+@cache
+def _templates() -> Environment:
+    """Once a process: to compile them takes longer than to fill them in."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "score": _score, "duration": _duration, "picture": _data_uri,
                             "player": player, "count": lambda n: "not known" if n is None else f"{n:,}",
                             "p_value": _p_value,
                             "signed": lambda x: "not known" if x is None else f"{x:+.2f}"}
+    return environment
+
+
+def render(template: str, **values) -> str:
+    environment = _templates()
     script = environment.get_template("report.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # the policy lets exactly this script run: a prompt that slipped through the escaping still could not
@@ -272,7 +281,7 @@ def _models(comparison: Comparison | None) -> dict[str, dict]:
 
 def _alarm(comparison: Comparison, name: str) -> dict[str, Any]:
     found = comparison.alarms[name]
-    return {**asdict(found), "sentence": found.sentence}
+    return {**asdict(found), "verdict": found.verdict, "sentence": found.sentence}
 
 
 def _rewards(comparison: Comparison | None) -> dict[str, dict]:

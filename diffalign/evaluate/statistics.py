@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, norm, t
+import scipy  # its parts load on first use
 
 from .. import rng
 
@@ -102,7 +102,7 @@ def paired(base: np.ndarray, aligned: np.ndarray, *, seed: int = 0, resamples: i
         wins=int((outcome[both] == 1).sum()), ties=int((outcome[both] == 0.5).sum()), losses=int((outcome[both] == 0).sum()),
         base_score=float(base_mean), aligned_score=float(aligned_mean), difference=float(aligned_mean - base_mean),
         difference_low=d_low, difference_high=d_high, win_rate=float(wins), win_rate_low=low, win_rate_high=high,
-        sign_test=float(binomtest(won, won + lost).pvalue) if won + lost else 1.0,
+        sign_test=float(scipy.stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0,
         prompts_needed=prompts_needed(rows[0]), verdict=_verdict(low, high, won + lost))
 
 
@@ -181,14 +181,14 @@ def expanded_tail(count: int) -> float:
     """Share of the resampled means left out at each end: 2.5 % for many prompts, less for few."""
     if count < 2:
         return 0.0
-    return float(norm.cdf(-math.sqrt(count / (count - 1)) * t.ppf(0.5 + LEVEL / 2, count - 1)))
+    return float(scipy.stats.norm.cdf(-math.sqrt(count / (count - 1)) * scipy.stats.t.ppf(0.5 + LEVEL / 2, count - 1)))
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share; with ties as halves it is slightly too wide, never too narrow."""
     if count == 0:
         return 0.0, 1.0
-    z = float(norm.ppf(0.5 + LEVEL / 2))
+    z = float(scipy.stats.norm.ppf(0.5 + LEVEL / 2))
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -199,7 +199,7 @@ def prompts_needed(wins: np.ndarray) -> int | None:
     effect = abs(float(wins.mean()) - 0.5)
     if effect < 1e-12 or len(wins) < 2:
         return None
-    z = float(norm.ppf(0.5 + LEVEL / 2) + norm.ppf(POWER))
+    z = float(scipy.stats.norm.ppf(0.5 + LEVEL / 2) + scipy.stats.norm.ppf(POWER))
     return max(FEWEST, math.ceil(float(wins.var(ddof=1)) * (z / effect) ** 2))
 
 

@@ -58,6 +58,7 @@ def load_pipeline(spec: ModelSpec, *, parts: Literal["all", "encoders"] = "all")
     """
     import diffusers
 
+    quiet_bars()
     folder, adapter = inspect(spec)
     check_components(folder, folder.components if parts == "all" else _encoder_parts(folder))
     absent = {name: None for name in folder.index
@@ -79,6 +80,14 @@ def load_pipeline(spec: ModelSpec, *, parts: Literal["all", "encoders"] = "all")
         fuse(adapter, getattr(pipe, adapter.component), lora_file(spec.fuse_lora))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def quiet_bars() -> None:
+    """diffusers shows no bar of what it loads where its verbosity is errors only, as the command line sets it."""
+    from diffusers.utils import logging
+
+    if logging.get_verbosity() >= logging.ERROR:
+        logging.disable_progress_bar()
 
 
 def _hollow(folder: Folder, adapter: type[Adapter]) -> torch.nn.Module:
@@ -129,6 +138,7 @@ def load_denoiser(spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device
     """
     import diffusers
 
+    quiet_bars()
     folder, adapter = inspect(spec)
     check_components(folder, (adapter.component,))
     with loading(folder.name):

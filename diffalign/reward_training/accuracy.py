@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import expit
+import scipy  # its parts load on first use
 
 from ..evaluate.statistics import bootstrap, wilson
 
@@ -76,7 +76,7 @@ def calibration(margins: np.ndarray, target: np.ndarray) -> Calibrated:
     kept = (target != 0.5) & ~np.isnan(margins)
     side = np.where(target > 0.5, margins, -margins)[kept]
     order = np.argsort(abs(side), kind="stable")
-    confidence, right = expit(abs(side))[order], np.where(abs(side) < TIE, 0.5, side > 0)[order]
+    confidence, right = scipy.special.expit(abs(side))[order], np.where(abs(side) < TIE, 0.5, side > 0)[order]
     bins = [(float(c.mean()), float(r.mean()), len(c))
             for c, r in zip(np.array_split(confidence, BINS), np.array_split(right, BINS), strict=True) if len(c)]
     total = max(1, len(side))

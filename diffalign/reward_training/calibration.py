@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit
+import scipy  # its parts load on first use
 
 from ..errors import DataError
 from ..evaluate.files import write_json
@@ -79,10 +78,11 @@ def _bounded(x: np.ndarray, strength: float, start: np.ndarray) -> np.ndarray:
     """The same loss with w >= 0, which scikit-learn does not offer; dropping the negative weights would not be its minimum."""
     def loss(w):
         margin = x @ w
-        return w @ w / 2 + strength * np.logaddexp(0, -margin).sum(), w - strength * x.T @ expit(-margin)
+        return w @ w / 2 + strength * np.logaddexp(0, -margin).sum(), w - strength * x.T @ scipy.special.expit(-margin)
 
     bounds = [(0, None)] * len(start)
-    return minimize(loss, start.clip(min=0), jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-12}).x
+    return scipy.optimize.minimize(loss, start.clip(min=0), jac=True, method="L-BFGS-B", bounds=bounds,
+                                   options={"ftol": 1e-12}).x
 
 
 def _folds(x: np.ndarray, groups: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -20,8 +20,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy  # its parts load on first use
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -261,7 +261,7 @@ def see(picture: np.ndarray, smallest: int = 40) -> tuple[str, list[Blob]]:
     labels = _nearest_colour(picture)
     border = np.concatenate([labels[:2].ravel(), labels[-2:].ravel(), labels[:, :2].ravel(), labels[:, -2:].ravel()])
     ground = int(np.bincount(border).argmax())
-    regions, _ = ndimage.label(labels != ground, structure=np.ones((3, 3)))
+    regions, _ = scipy.ndimage.label(labels != ground, structure=np.ones((3, 3)))
     masks = [regions == number for number in range(1, regions.max() + 1)]
     return COLOURS[ground], [_blob(mask, labels) for mask in masks if mask.sum() >= smallest]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..config import Evaluation, Recipe
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..evaluate.compare import Stage, adapters_off, said
 from ..evaluate.medium import CLIPS, PICTURES, Medium
 from ..evaluate.sides import Draw, as_draw
@@ -180,7 +180,10 @@ def _entrant(recipe: Recipe | Evaluation, name: str, entrant: Entrant) -> Model:
     if entrant.pretrained_model_name_or_path is not None:
         spec = ModelSpec(pretrained_model_name_or_path=entrant.pretrained_model_name_or_path, revision=entrant.revision,
                          variant=entrant.variant)
-        inspect(spec)
+        try:
+            inspect(spec)
+        except ModelError as error:
+            raise ModelError(f"{option}.pretrained_model_name_or_path: {error}") from None
     file = None if entrant.lora is None else _lora_in(Path(entrant.lora)) or lora_file(entrant.lora, f"{option}.lora")
     if file is not None:
         check_weights([file], f"{option}.lora")

@@ -58,7 +58,7 @@ def evaluate(recipe: Recipe | Evaluation, printer: Printer = silent) -> dict:
     if report["strengths"]:
         printer(report["strengths"]["sentence"])
     for name, alarm in comparison.alarms.items():
-        printer(f"{'alarm' if alarm.fired else 'no alarm'}, {name}: {alarm.sentence}")
+        printer(f"{alarm.verdict}, {name}: {alarm.sentence}")
     printer(f"report: {output_dir / 'report.html'}")
     return report
 

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..evaluate.check_page import page
 from ..evaluate.files import clean, write, write_json
 from ..evaluate.labels import Examples, Labels
+from ..likelihood import CodeLikelihood
 from ..models.load import encoder_facts
 from ..rewards import check as check_reward
 from ..train import make_accelerator
@@ -70,6 +71,8 @@ def check(recipe: Recipe, printer: Printer = silent) -> dict:
 
 
 def _no_text(recipe: Recipe, command: str, why: str) -> None:
+    if isinstance(recipe.likelihood, CodeLikelihood):
+        raise ConfigError(f"likelihood.kind: `diffalign {command}` is not for token music; it is read when a run starts")
     if parts.is_text(recipe):
         raise ConfigError(f"likelihood.kind: `diffalign {command}` is not for language models ({why})")
     if parts.is_audio(recipe):

@@ -54,13 +54,14 @@ def train(recipe: Recipe, printer: Printer = silent) -> dict:
     for line in derived(recipe, source, accelerator.num_processes):
         say(line)
     hooks = [_ResolvedConfig(recipe)] if accelerator.is_main_process else []
+    known = {}  # the reference's errors on held-out pairs, at every validation the same
     summary = fit(hooks=hooks, method=method, bank=bank, source=source, spec=recipe.train, seed=recipe.seed,
                   output_dir=output_dir, config=as_tree(recipe), accelerator=accelerator, identity=parts.identity_of(recipe),
                   metadata=_metadata(recipe), monitor=None if recipe.monitor is None else Monitor(recipe, accelerator),
-                  validation=None if heldout is None else _validation(recipe, method, heldout, accelerator))
+                  validation=None if heldout is None else _validation(recipe, method, heldout, accelerator, known))
     facts = {**dataclasses.asdict(summary), "pairs": source.groups, "objective": method_name(recipe), "base": base,
              "encode_seconds": encode_seconds, "wall_seconds": time.monotonic() - started, "seed": recipe.seed,
-             "heldout": None if heldout is None else _heldout(recipe, method, bank, heldout, accelerator)}
+             "heldout": None if heldout is None else _heldout(recipe, method, bank, heldout, accelerator, known)}
     if accelerator.is_main_process:
         _finish(recipe, bank, facts)
     say(f"done: {output_dir} ({summary.step} steps, {summary.seconds:.0f} s of training)"
@@ -118,15 +119,16 @@ def _metadata(recipe: Recipe) -> dict[str, str]:
 
 # --- held-out preference accuracy ---
 
-def _validation(recipe: Recipe, method: Preference, cache, accelerator) -> Callable:
+def _validation(recipe: Recipe, method: Preference, cache, accelerator, known: dict) -> Callable:
     def measure(bank, step: int) -> dict[str, float]:
-        found = _measure(recipe, method, bank, cache, accelerator)
+        found = _measure(recipe, method, bank, cache, accelerator, known)
         return {} if found is None else found.figures()  # single pictures make no pair
     return measure
 
 
-def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator):
-    """The processes share the held-out set, and all know the figure; the draws are keyed, so it is that of one process."""
+def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator, known: dict | None = None):
+    """The processes share the held-out set, and all know the figure; the draws are keyed, so it is that of one process. known:
+    of earlier measurements in this run (``heldout_preference``), for what is compared with never moves."""
     ctx, world = parts.context(recipe, bank, accelerator), world_of(accelerator)
     batches = data.fixed_batches(cache, max(1, 2 * recipe.train.train_batch_size), seed=recipe.seed)
     if isinstance(recipe.likelihood, LatentScores):
@@ -137,8 +139,8 @@ def _measure(recipe: Recipe, method: Preference, bank: WeightBank, cache, accele
     if parts.is_text(recipe):
         return heldout_text(ctx, batches, recipe.likelihood, against=_base_set(method, bank), device=accelerator.device,
                             world=world)
-    return heldout_preference(ctx, batches, against=_base_set(method, bank), device=accelerator.device, world=world,
-                              weighting=getattr(recipe.likelihood, "weighting", Simple()))
+    return heldout_preference(ctx, batches, against=_base_set(method, bank), known=known, device=accelerator.device,
+                              world=world, weighting=getattr(recipe.likelihood, "weighting", Simple()))
 
 
 def _base_set(method: Preference, bank: WeightBank) -> str | None:
@@ -150,8 +152,8 @@ def _base_set(method: Preference, bank: WeightBank) -> str | None:
     return "reference" if "reference" in bank.names and not bank.rule.moves else None
 
 
-def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator) -> dict | None:
-    after = _measure(recipe, method, bank, cache, accelerator)
+def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator, known: dict) -> dict | None:
+    after = _measure(recipe, method, bank, cache, accelerator, known)
     if isinstance(recipe.likelihood, LatentScores):  # before training it knows nothing: validation_start has the figure
         return None if after is None else after.tree()
     known = _base_set(method, bank) is not None

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,6 +29,7 @@ from diffalign.rewards.scenes import is_held_out, parse
 from diffalign.sampling import generate, picture_seed
 from diffalign.train.checkpoint import claim
 
+from .. import ranks
 from . import toy
 
 CARD = np.array([[0.2, 0.5, 0.9], [1, 3, 2], [10, 20, 30]])  # methods card, check 11
@@ -282,12 +281,8 @@ def test_a_lost_picture_is_drawn_again_and_a_damaged_one_is_refused_first(stub, 
 
 def test_two_processes_make_what_one_makes(stub, tmp_path):
     (tmp_path / "two").mkdir()
-    ranks = [subprocess.Popen([sys.executable, "-m", "tests.building.toy", str(tmp_path / "two"), str(rank), "2"],
-                              cwd=toy.ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-             for rank in (0, 1)]
+    ranks.together(toy.build, tmp_path / "two", folder=tmp_path)
     run.build(toy.spec(tmp_path / "one"))
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
     assert toy.files(tmp_path / "two") == toy.files(tmp_path / "one")
     shares = [sum(len(one["images"]) for one in _records(log.read_bytes()))
               for log in sorted((tmp_path / "two" / "out" / "work" / "pictures").glob("*.log"))]

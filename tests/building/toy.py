@@ -1,13 +1,7 @@
-"""Builds without a denoiser: a stand-in draws the prompt's scene, or an altered one, by seed alone.
-
-``python -m tests.building.toy FOLDER RANK WORLD`` is one rank of a build over gloo; a file is the meeting point.
-"""
+"""Builds without a denoiser: a stand-in draws the prompt's scene, or an altered one, by seed alone."""
 
 from __future__ import annotations
 
-import os
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -71,14 +65,8 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in names}
 
 
-if __name__ == "__main__":
-    import torch.distributed as dist
-
-    here, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT="1", ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group("gloo", init_method=f"file://{here}/meet", rank=rank, world_size=world,
-                            timeout=timedelta(seconds=50))
+def build(folder: Path) -> None:
+    """A rank of a build."""
     Stub().put_into(setattr)
     with left_in_order():  # as the command does
-        run.build(spec(here))
+        run.build(spec(folder))

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections import Counter
 from itertools import count
@@ -27,9 +23,9 @@ from diffalign.data.store import Store, intact
 from diffalign.errors import DataError, ResourceError, UserError
 from diffalign.world import Single
 
+from .. import ranks
 from .toy import Together, ToyEncoders, jsonl, pairs, picture, spec
 
-ROOT = Path(__file__).resolve().parents[2]
 ALONE = Single()
 
 
@@ -420,34 +416,24 @@ def test_a_file_that_changes_between_hashing_and_encoding_is_refused(tmp_path, m
 
 
 def test_two_builds_at_once(tmp_path):
-    path, script = pairs(tmp_path, 40), builder(tmp_path, delay=0.002)
-    running = [subprocess.Popen([sys.executable, str(script)], cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
-    for process in running:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+    path = pairs(tmp_path, 40)
+    running = [ranks.start(slowly, tmp_path, 0.002, said=tmp_path / f"said-{n}.txt") for n in range(2)]
+    for n, process in enumerate(running):
+        process.join(120)
+        assert process.exitcode == 0, (tmp_path / f"said-{n}.err").read_text()
     report, encoders = build(path, tmp_path, encoders=ToyEncoders())
     assert encoders.calls == [] and report.groups == 40
     assert all(intact(file) for file in (tmp_path / "cache").rglob("*.arrow"))
 
 
-def builder(folder: Path, delay: float) -> Path:
-    """A program that builds ``folder``'s cache slowly, in shards of one batch."""
-    script = folder / "build.py"
-    script.write_text(textwrap.dedent(f"""
-        import sys, time
-        sys.path.insert(0, {str(ROOT)!r})
-        from tests.data.toy import ToyEncoders, spec
-        from diffalign.data import store
-        from diffalign.data.encoding import encode
-        store.SHARD_BYTES = 1
-        class Slow(ToyEncoders):
-            def encode_images(self, pixels):
-                time.sleep({delay})
-                return super().encode_images(pixels)
-        encode(spec({str(folder / 'pairs.jsonl')!r}), Slow, cache_dir={str(folder / 'cache')!r}, resolution=16, seed=0,
-               progress=False)
-    """))
-    return script
+def slowly(folder: Path, delay: float) -> None:
+    """Builds ``folder``'s cache, in shards of one batch."""
+    class Slow(ToyEncoders):
+        def encode_images(self, pixels):
+            time.sleep(delay)
+            return super().encode_images(pixels)
+    store.SHARD_BYTES = 1
+    encode(spec(str(folder / "pairs.jsonl")), Slow, cache_dir=str(folder / "cache"), resolution=16, seed=0, progress=False)
 
 
 def test_a_killed_build_goes_on(tmp_path, monkeypatch):
@@ -457,15 +443,15 @@ def test_a_killed_build_goes_on(tmp_path, monkeypatch):
     path = pairs(tmp_path, 60)
     (tmp_path / "clean").mkdir()
     build(path, tmp_path / "clean")
-    script, written = builder(tmp_path, delay=0.05), 0
+    written = 0
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, stderr=subprocess.PIPE)
-        deadline, target = time.monotonic() + 60, written + 6
-        while (written := len(list((tmp_path / "cache").glob("latents-*/*.arrow")))) < target and process.poll() is None:
+        process = ranks.start(slowly, tmp_path, 0.05, said=tmp_path / "said.txt")
+        deadline, target = time.monotonic() + 120, written + 6
+        while (written := len(list((tmp_path / "cache").glob("latents-*/*.arrow")))) < target and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
         written = len(list((tmp_path / "cache").glob("latents-*/*.arrow")))
         assert not list((tmp_path / "cache").glob("sets/*.json"))  # no manifest before the end
     assert 18 <= written < 30

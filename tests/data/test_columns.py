@@ -267,6 +267,25 @@ def test_users_are_text(tmp_path):
     assert [row.user for row in read(pickapic(tmp_path / "c.parquet", [1.0]))] == [None]
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """``datasets`` is then told to look into its cache alone, for this call."""
+    asked, offline = [], []
+
+    def unreachable(self, name, **_):
+        asked.append(name)
+        raise OSError("Name or service not known")
+
+    def cached(*_, **__):
+        offline.append(datasets.config.HF_HUB_OFFLINE)
+        raise ConnectionError("nothing there")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", cached)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(DataError, match="owner/name: no such file or folder here, .* cannot be reached .Name or service"):
+        list(read_rows(spec("owner/name"), Tally()))
+    assert asked == ["owner/name"] and offline == [True] and datasets.config.HF_HUB_OFFLINE is False
+
+
 def test_files_below_a_folder(tmp_path):
     """As ``Path.rglob`` finds them, hidden ones and folders of such a name too, links to folders not followed."""
     for name in ("a.tar", "b/c.tar", "b/.d.tar", "b/c/e.png", "f.tar/g.jsonl", "a.tar.gz"):

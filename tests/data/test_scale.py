@@ -87,6 +87,24 @@ def test_memory_is_flat(tmp_path):
     assert len(Cache(manifest)) == MANY
 
 
+@pytest.mark.parametrize("count, numbers", [(4000, 16), (128, 16_384)], ids=["small", "large"])
+def test_what_waits_for_its_shard_takes_its_own_bytes(tmp_path, monkeypatch, count, numbers):
+    """And so does writing it: a record of 64 bytes had 600 of objects around it, and a shard was copied to be written."""
+    monkeypatch.setattr(store, "SHARD_RECORDS", count + 1)
+    latent = np.arange(numbers, dtype=np.float32)
+
+    def written(ledger):
+        writer = store.Writer(store.Store(tmp_path / "latents", "latent", ledger), multiple=1)
+        for i in range(count):
+            writer.add(i.to_bytes(32, "big"), {"mean": latent, "std": latent})
+        writer._flush((("mean", latent.shape, "<f4"), ("std", latent.shape, "<f4")))
+    with Ledger(tmp_path) as ledger:
+        written(ledger)
+        grown = peak(written, ledger)
+    held = count * (36 + 2 * latent.nbytes)
+    assert grown < 1.25 * held + (1 << 19) + 50_000, grown / held  # two blocks of the file, while it is hashed
+
+
 def test_a_parquet_file_is_not_read_ahead(tmp_path):
     """20 MiB of pictures: what Arrow holds is never half of them."""
     rows = [{"prompt": f"p{i}", "chosen": np.random.default_rng(i).bytes(1 << 16), "rejected": b"x"} for i in range(320)]

@@ -138,6 +138,8 @@ def test_what_is_not_there_or_no_archive(tmp_path):
     for name in ("t.tar", "t-*.tar", "t-{0..3}.tar", "t-{0..99999999999}.tar"):
         with pytest.raises(DataError, match="no such file"):
             read(tmp_path / name)
+    with pytest.raises(DataError, match=r"the range \{5\.\.1\} counts down; write \{1\.\.5\}"):
+        read(tmp_path / "t-{5..1}.tar")
     (tmp_path / "t.tar").write_bytes(b"no archive" * 99)
     with pytest.raises(DataError, match="t.tar: cannot be read as a data set"):
         read(tmp_path / "t.tar")

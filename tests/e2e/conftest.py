@@ -6,6 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from .. import warm  # noqa: F401
+
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "assets" / "tiny-sdxl"
 DATA = ROOT / "assets" / "preferences"
@@ -13,10 +15,10 @@ DATA = ROOT / "assets" / "preferences"
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """A function (folder, **sections) -> path of a recipe, over 24 training and 8 held-out pairs with one shared cache."""
+    """A function (folder, **sections) -> path of a recipe, over 24 training and 4 held-out pairs with one shared cache."""
     shared = tmp_path_factory.mktemp("small")
     pq.write_table(pq.read_table(DATA / "train.parquet").slice(0, 24), shared / "train.parquet")
-    pq.write_table(pq.read_table(DATA / "validation.parquet").slice(0, 8), shared / "validation.parquet")
+    pq.write_table(pq.read_table(DATA / "validation.parquet").slice(0, 4), shared / "validation.parquet")
     prompts = (DATA / "heldout_prompts.txt").read_text().splitlines()[:6]
     (shared / "prompts.txt").write_text("\n".join(prompts))
 

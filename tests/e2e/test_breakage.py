@@ -233,13 +233,22 @@ def test_pictures_larger_than_any_memory(copy, capsys):
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-@pytest.mark.parametrize("redirection", [">&- 2>&-", "2>&1 | true", ">/dev/full 2>/dev/full"])
-def test_nobody_listens(copy, redirection):
+@pytest.mark.parametrize("command, redirection", [("check", ">&- 2>&-"), ("train", "2>&1 | true"),
+                                                  ("check", ">/dev/full 2>/dev/full")])
+def test_nobody_listens(copy, command, redirection):
     """A closed terminal, a reader that left, a full disk behind a redirection: the run goes on to its end."""
     file, run = copy
-    command = f"{sys.executable} -m diffalign train {file} train.max_train_steps=4 {redirection}; exit ${{PIPESTATUS[0]}}"
-    assert subprocess.run(["bash", "-c", command], env=ENVIRONMENT, timeout=120).returncode == 0
-    assert json.loads((run / "train.json").read_text())["step"] == 4
+    words = f"{sys.executable} -m diffalign {command} {file} train.max_train_steps=4 {redirection}; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", words], env=ENVIRONMENT, timeout=120).returncode == 0
+    assert (run / "check.html").exists() if command == "check" else json.loads((run / "train.json").read_text())["step"] == 4
+
+
+def test_what_is_printed_steers_no_terminal(small, tmp_path, monkeypatch, capsys):
+    """Prompts and names of files may hold escape sequences; \x9b begins one, too."""
+    from diffalign import run
+    monkeypatch.setattr(run, "check", lambda spec, printer: printer("a \x1b[2Jprompt \x9b31m\u202e\r\nof \u00e9"))
+    assert main(["check", str(small(tmp_path))]) == 0
+    assert capsys.readouterr().out == "a \ufffd[2Jprompt \ufffd31m\ufffd\ufffd\nof \u00e9\n"
 
 
 def test_other_processes_stay_silent_about_a_shared_error(tmp_path, monkeypatch, capsys):
@@ -252,6 +261,25 @@ def test_other_processes_stay_silent_about_a_shared_error(tmp_path, monkeypatch,
     assert waits == [cli.GRACE]
 
 
-def test_the_package_imports_no_torch():
-    code = "import diffalign, diffalign.cli, sys; assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+# --- what a command does not need, it does not wait for ---
+
+IMPORTED = """
+import sys
+from diffalign.cli import main
+def first(names): return sorted({name.split(".")[0] for name in sys.modules} & set(names))
+try: main(["--help"])
+except SystemExit: pass
+assert not first(["torch", "numpy", "diffusers", "yaml"])
+heavy = ["diffusers", "transformers", "accelerate", "peft", "datasets", "pandas", "sklearn", "matplotlib", "httpx"]
+for words, code in ((["train", sys.argv[1], "train.stepz=3"], 2), (["check", sys.argv[1]], 0)):
+    assert main(words) == code
+    assert not first(heavy), (words, first(heavy))
+    slow = [f"scipy.{part}" for part in ("stats", "optimize", "ndimage", "sparse", "special", "io", "signal")]
+    assert not set(slow) & set(sys.modules), words
+"""
+
+
+def test_help_a_wrong_option_and_check_import_no_heavy_library(small, tmp_path):
+    done = subprocess.run([sys.executable, "-c", IMPORTED, str(small(tmp_path))], env=ENVIRONMENT, timeout=60, text=True,
+                          stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr[-2000:]

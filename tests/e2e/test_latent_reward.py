@@ -39,7 +39,7 @@ def trained(small, tmp_path_factory):
 def test_what_a_run_leaves(trained):
     run, facts = trained
     heldout = json.loads((run / "train.json").read_text())["heldout"]
-    assert heldout["of"] == "scores of the latent reward" and heldout["pairs"] == 8 and heldout["draws"] == 10
+    assert heldout["of"] == "scores of the latent reward" and heldout["pairs"] == 4 and heldout["draws"] == 10
     assert heldout["after_low"] <= heldout["after"] <= heldout["after_high"]
     for share, low, high in zip(*(heldout[name] for name in ("by_time", "by_time_low", "by_time_high")), strict=True):
         assert low <= share <= high and high - low > 0.3   # eight pairs, however many draws

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 import diffalign
 from diffalign.cli import main
 
+from .. import ranks
 from .conftest import MODEL
 
 FIELDS = ("base_score", "aligned_score", "win_rate", "win_rate_low", "win_rate_high", "heldout_preference_accuracy", "pairs",
@@ -118,14 +118,12 @@ def test_accumulation_does_not_matter(done, small, tmp_path):
 def test_kill_and_the_same_command_again(done, small, tmp_path):
     """SIGKILL somewhere in the run; the second command ends with the weights of the run that was never cut."""
     file = small(tmp_path, train={"checkpointing_steps": 1})
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, "-m", "diffalign", "train", str(file)], env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = ranks.start(main, ["train", str(file)], said=tmp_path / "said.txt")
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "run").glob("checkpoint-[123]")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    while not list((tmp_path / "run").glob("checkpoint-[123]")) and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     assert main(["train", str(file)]) == 0
     assert same(lora(tmp_path), lora(done))
     assert [line for line in metrics(tmp_path) if "loss" in line] == [line for line in metrics(done) if "loss" in line]

@@ -1,16 +1,14 @@
 """What has a state of its own continues exactly: moving references, past checkpoints, running means, samples of the model."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from diffalign.cli import main
 
+from .. import ranks
 from .test_main_job import apart, lora, metrics
 
 DPO = {"kind": "dpo", "beta": 500}
@@ -131,11 +129,7 @@ def test_neither_accumulation_nor_processes_matter(small, tmp_path):
         (folder := tmp_path / name).mkdir()
         file = recipe(small, folder, train=train, **TOGETHER)
         if name == "two":
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                       "-m", "diffalign", "train", str(file)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-            assert result.returncode == 0, result.stderr[-2000:]
+            ranks.together(main, ["train", str(file)], folder=folder)
         else:
             assert main(["train", str(file)]) == 0
         lines = [line for line in metrics(folder) if "loss" in line]

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +14,7 @@ from PIL import Image
 from diffalign.cli import main
 from diffalign.rewards import REWARDS
 
+from .. import ranks
 from .test_main_job import lora, metrics, same
 
 MONITOR = {"every": 2, "max_prompts": 6, "seeds": 2, "sampler": {"steps": 2}, "grid_prompts": 3}
@@ -141,11 +139,7 @@ def test_two_processes_see_what_one_sees(small, tmp_path):
         folder.mkdir()
     assert main(["train", str(recipe(small, one, {}, train={**STILL, "max_train_steps": 2}))]) == 0
     file = recipe(small, two, {}, train={**STILL, "max_train_steps": 2, "train_batch_size": 2})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "diffalign",
-               "train", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-2000:]
+    ranks.together(main, ["train", str(file)], folder=two)
     assert len(seen(two)) == len(seen(one)) == 2
     for a, b in zip(seen(one), seen(two), strict=True):
         assert a == pytest.approx(b, abs=0.01)

@@ -140,6 +140,12 @@ def test_what_is_refused(model, tmp_path, capsys, overrides, message):
     assert message in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", ["check", "encode"])
+def test_commands_for_pictures_say_that_this_is_music(model, tmp_path, capsys, command):
+    assert main([command, recipe(rows(tmp_path / "run"), model)]) == 2
+    assert f"likelihood.kind: `diffalign {command}` is not for token music" in capsys.readouterr().err
+
+
 def test_wrong_codebooks_are_one_line(model, tmp_path, capsys):
     folder = rows(tmp_path / "run")
     (folder / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": codes(5)[:2], "rejected": codes(5)}) + "\n")

@@ -1,75 +1,56 @@
 """``encode`` by command: several gloo processes, tables and tars, killed and run again: always the same records."""
 
 import io
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from diffalign.cli import main
+from diffalign.data import store
 from diffalign.data.cache import Cache
 from diffalign.run import reference
 
+from .. import ranks
 from .conftest import DATA
 
-ROOT, LIMIT = Path(__file__).parents[2], 280  # seconds, on a machine that others use too
+LIMIT = 280  # seconds, on a machine that others use too
 STEPS, BLOCK = 6, 8  # of the run; groups of a step of two processes, and of a file of the reference's errors
 MANIFEST, ERRORS = "cache/sets/[0-9a-f]*.json", "cache/reference-*/*.arrow"
-COMMAND = f"""
-import sys
-from diffalign.cli import main
-from diffalign.data import store
-from diffalign.run import reference
-reference.BLOCK, store.SHARD_BYTES = {BLOCK}, 1
-sys.exit(main(sys.argv[1:]))
-"""  # many small files, so that there is a middle to be killed in
 
 
-def started(size: int, *words) -> list[subprocess.Popen]:
-    """The ranks of ``diffalign WORDS``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if size == 1 else {
-        "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"})
-    return [subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, env={**common, **({} if size == 1 else {
-                                 "RANK": str(rank), "LOCAL_RANK": str(rank)})}) for rank in range(size)]
+def in_small_files(words: list[str]) -> int:
+    """The command; many small files, so that there is a middle to be killed in."""
+    reference.BLOCK, store.SHARD_BYTES = BLOCK, 1
+    return main(words)
 
 
-def ended(processes: list[subprocess.Popen]) -> list[str]:
-    """What each has printed, when all have done their work."""
-    try:
-        said = [process.communicate(timeout=LIMIT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), [error[-800:] for _, error in said]
-    return [text for text, _ in said]
+def ended(folder: Path, size: int, *words) -> list[str]:
+    """What each rank of ``diffalign WORDS`` has printed, when all have done their work. folder: a new one for its files."""
+    folder.mkdir()
+    return ranks.together(in_small_files, [*map(str, words)], folder=folder, world=size, limit=LIMIT)
 
 
-def killed(processes: list[subprocess.Popen], folder: Path, pattern: str, count: int) -> dict[str, bytes]:
-    """SIGKILL for the last process as soon as so many files are there, then for the others, as a launcher does. The files."""
+def killed(own: Path, size: int, *words, folder: Path, pattern: str, count: int) -> dict[str, bytes]:
+    """SIGKILL for the last rank as soon as so many files are there, then for the others, as a launcher does. The files."""
+    own.mkdir()
+    processes = [ranks.start(in_small_files, [*map(str, words)], said=own / f"{rank}.txt",
+                             before=partial(ranks.join, own, rank, size)) for rank in range(size)]
     deadline = time.monotonic() + LIMIT
     try:
         while len(list(folder.glob(pattern))) < count:
-            assert time.monotonic() < deadline and any(process.poll() is None for process in processes)
+            assert time.monotonic() < deadline and any(process.is_alive() for process in processes)
             time.sleep(0.01)
-        processes[-1].send_signal(signal.SIGKILL)
+        processes[-1].kill()
         time.sleep(0.3)
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.join()
     return files(folder, pattern)
 
 
@@ -125,7 +106,7 @@ def records(folder: Path) -> list:
 def test_two_processes_measure_the_reference(recipe, alone):
     """The numbers of one process to the last bit: latents, embeddings, and the files of the errors, byte for byte."""
     file = recipe("two", "pairs.parquet")
-    said = ended(started(2, "encode", file, "--reference"))
+    said = ended(file.parent / "ranks", 2, "encode", file, "--reference")
     assert "18 groups of 20 rows" in said[0] and "errors of 48 groups (48 measured now)" in said[0] and said[1] == ""
     assert records(file.parent) == records(alone)
     assert files(file.parent, ERRORS) == files(alone, ERRORS) and len(files(alone, ERRORS)) == STEPS
@@ -136,9 +117,9 @@ def test_one_of_two_is_killed_while_they_measure(recipe, alone):
     file = recipe("killed", "pairs.parquet")
     shutil.copytree(alone / "cache", file.parent / "cache", ignore=shutil.ignore_patterns("reference-*"))
     whole = files(alone, ERRORS)
-    there = killed(started(2, "encode", file, "--reference"), file.parent, ERRORS, 1)
+    there = killed(file.parent / "first", 2, "encode", file, "--reference", folder=file.parent, pattern=ERRORS, count=1)
     assert 1 <= len(there) < STEPS and there.items() <= whole.items()
-    said = ended(started(2, "encode", file, "--reference"))
+    said = ended(file.parent / "ranks", 2, "encode", file, "--reference")
     assert f"errors of 48 groups ({48 - BLOCK * len(there)} measured now)" in said[0]
     assert files(file.parent, ERRORS) == whole
 
@@ -149,8 +130,8 @@ def test_tars_killed_and_read_again(recipe, alone, size):
     """The records of the table, whatever the number of processes, one of which is killed in the middle."""
     file = recipe(f"tars{size}", "pairs-{0..1}.tar")
     shards = "cache/latents-*/*.arrow"
-    there = killed(started(size, "encode", file), file.parent, shards, 2)
+    there = killed(file.parent / "first", size, "encode", file, folder=file.parent, pattern=shards, count=2)
     assert 2 <= len(there) < 9 and not list(file.parent.glob(MANIFEST))
-    said = ended(started(size, "encode", file))
+    said = ended(file.parent / "ranks", size, "encode", file)
     assert "18 groups of 20 rows, 36 pictures" in said[0] and said[1:] == [""] * (size - 1)
     assert records(file.parent) == records(alone) and there.items() <= files(file.parent, shards).items()

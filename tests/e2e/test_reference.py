@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -19,6 +16,8 @@ from diffalign.models.weights import WeightBank
 from diffalign.run import parts, reference
 from diffalign.train import make_accelerator
 from diffalign.world import Single
+
+from .. import ranks
 
 EVERYTHING = ("likelihood={draws: 2, sequence: {kind: stratified, strata: 8}}", "data.caption_dropout=0.5",
               "data.random_flip=true", "data.ties=soft")
@@ -144,21 +143,21 @@ def test_what_cannot_be_measured_is_refused(file, capsys, options, words):
     assert words in error and len(error.splitlines()) == 1
 
 
-KILLED = ("import sys; from diffalign.run import reference; from diffalign.cli import main; reference.BLOCK = 4; "
-          "sys.exit(main(sys.argv[1:]))")
+def in_blocks_of_four(words):
+    reference.BLOCK = 4
+    return main(words)
 
 
-def test_kill_and_the_same_command_again(file, capsys):
+def test_kill_and_the_same_command_again(file, tmp_path, capsys):
     """SIGKILL after the second file: what is there is kept, and the end is the same bytes as without a kill."""
     options = ("train.max_train_steps=40",)
     recipe, stored, folder = measured(file, *options)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, "encode", str(file), "--reference", *options],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = ranks.start(in_blocks_of_four, ["encode", str(file), "--reference", *options], said=tmp_path / "said.txt")
     deadline = time.monotonic() + 120
-    while len(list(folder.glob("*.arrow"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+    while len(list(folder.glob("*.arrow"))) < 2 and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.arrow")}
     assert 2 <= len(before) < 40
     assert main(["encode", str(file), "--reference", *options]) == 0

@@ -137,7 +137,7 @@ def test_without_a_training_reward_its_rise_is_taken_for_granted():
 def test_five_prompts_say_nothing():
     w = World(0, prompts=5)
     found = alarm(w.looks({0: 9.0}), training=w.scores(9.0), judge=w.scores(-9.0), diversity=w.spread(0.1))
-    assert not found.fired and found.prompts == 5 and "too few" in found.sentence
+    assert not found.fired and found.prompts == 5 and "too few" in found.sentence and found.verdict == "not enough prompts"
 
 
 def test_the_sentence_says_what_happened():

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +20,11 @@ from diffalign.evaluate.sides import Side, draw_and_keep, draw_side
 from diffalign.evaluate.spec import Entrant
 from diffalign.rewards.rules import Brightness, Colourfulness, Compressibility
 from diffalign.rewards.scenes import SceneChecker, parse
+from diffalign.train import make_accelerator
+from diffalign.train.spec import TrainSpec
+from diffalign.world import world_of
 
+from .. import ranks
 from .scenes import prompts, side
 
 
@@ -271,43 +271,23 @@ def test_blocks_do_not_depend_on_the_number_of_processes():
         assert sorted(parts) == whole == [(i, min(i + 4, 23)) for i in range(0, 23, 4)]
 
 
-RANK = """
-import json, os, sys
-from datetime import timedelta
-import torch.distributed as dist
-from diffalign.evaluate.compare import compare
-from diffalign.evaluate.report import write_report, Run
-from diffalign.train import make_accelerator
-from diffalign.train.spec import TrainSpec
-from diffalign.world import world_of
-from tests.evaluate.test_models import MODELS, spec
-from tests.evaluate.scenes import prompts
-from diffalign.rewards.rules import Colourfulness
-folder, rank, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                  MASTER_ADDR="127.0.0.1", MASTER_PORT="1", ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=50))
-world = world_of(make_accelerator(TrainSpec(cpu=True, mixed_precision="no"), folder))
-found = compare(MODELS, prompts(41), spec(seeds=2, rewards={"vivid": Colourfulness()}), progress=None, world=world)
-if rank == 0:
-    report = write_report(f"{folder}/{size}", Run(title="t", base_model="b"), found)
-print(json.dumps([found.sentence, found.results["broken"].win_rate, [tile.seed for tile in found.tiles]]))
-"""
+def two_ranks_compare(folder):
+    """What one rank found."""
+    world = world_of(make_accelerator(TrainSpec(cpu=True, mixed_precision="no"), folder))
+    found = compare(MODELS, prompts(41), spec(seeds=2, rewards={"vivid": Colourfulness()}), progress=None, world=world)
+    if world.rank == 0:
+        write_report(folder / "2", Run(title="t", base_model="b"), found)
+    facts = [found.sentence, found.results["broken"].win_rate, [tile.seed for tile in found.tiles]]
+    (folder / f"found-{world.rank}.json").write_text(json.dumps(facts))
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
     """To the last bit: scores, rewards, statistics, intervals, and the grid's bytes."""
-    def run(rank, size):
-        command = [sys.executable, "-c", RANK, str(tmp_path), str(rank), str(size)]
-        return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    processes = [run(0, 2), run(1, 2)]
+    ranks.together(two_ranks_compare, tmp_path, folder=tmp_path)
     single = compare(MODELS, prompts(41), spec(seeds=2, rewards={"vivid": Colourfulness()}), progress=None)
     write_report(tmp_path / "1", Run(title="t", base_model="b"), single)
-    said = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), [error[-800:] for _, error in said]
-    assert said[0][0] == said[1][0] and json.loads(said[0][0])[0] == single.sentence
+    said = [(tmp_path / f"found-{rank}.json").read_text() for rank in (0, 1)]
+    assert said[0] == said[1] and json.loads(said[0])[0] == single.sentence
     one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("1", "2"))
     for name in ("comparison", "models", "rewards", "sentence", "holm"):
         assert one[name] == two[name], name

@@ -56,6 +56,15 @@ def test_policy_that_knows_winners_is_always_right():
     assert wrong.accuracy.value == 0.0 and wrong.accuracy.by_time == [0.0] * 5 or None in wrong.accuracy.by_time
 
 
+def test_a_reference_that_stays_is_asked_once():
+    known, batches = {}, [batch([0, 1, 2]), batch([3, 4])]
+    first, second = Model(policy=0.3, reference=0.0), Model(policy=0.7, reference=0.0)
+    heldout_preference(context(first), batches, draws=4, known=known)
+    found = heldout_preference(context(second), batches, draws=4, known=known)
+    assert first.calls.count("reference") == 2 * 4 and set(second.calls) == {"policy"}
+    assert found == heldout_preference(context(Model(policy=0.7, reference=0.0)), batches, draws=4)
+
+
 def test_before_training_it_is_one_half_by_definition():
     """Policy = reference: every log-ratio is exactly 0; the base's own likelihood accuracy is not 0.5."""
     found = heldout_preference(context(Model(policy=1.0, reference=1.0)), [batch(range(6))])

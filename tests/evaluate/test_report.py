@@ -177,6 +177,15 @@ def test_headline_is_the_verdict_with_its_interval(tmp_path, comparison, run):
     assert "Biggest losses" in text and "6" in text and f"left out, not scored {len(HOSTILE)}" in text
 
 
+@pytest.mark.parametrize("prompts, fired, tone", [(40, False, "calm"), (40, True, "warn"), (5, False, "undecided")])
+def test_the_alarms_box_is_green_only_where_it_could_have_fired(tmp_path, comparison, run, prompts, fired, tone):
+    found = replace(comparison.alarms["aligned"], prompts=prompts, fired=fired, reasons=["x"] * fired, notes=["too few"])
+    write_report(tmp_path, run, replace(comparison, alarms={**comparison.alarms, "aligned": found}))
+    page = Page((tmp_path / "report.html").read_text())
+    assert [attrs["class"] for attrs in page.all("div") if "card alarm" in attrs.get("class", "")] == [f"card alarm {tone}"]
+    assert found.verdict in page.words and (tone == "undecided") == (found.verdict == "not enough prompts")
+
+
 def test_embedded_small_pictures_are_lossless(tmp_path, comparison, run):
     write_report(tmp_path, run, comparison)
     page = Page((tmp_path / "report.html").read_text())

@@ -1,4 +1,4 @@
-"""One rank whose weights FSDP2 has cut: ``python -m tests.train.cut FOLDER RANK WORLD SCENARIO...``. A tiny UNet, real banks.
+"""One rank whose weights FSDP2 has cut. A tiny UNet, real banks.
 
 Runs the scenarios, goes on with a run that one process began, and begins one that another will end.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -65,7 +63,8 @@ def _autocast(accelerator, bank, *args):
         return bank.predict(*args)
 
 
-def main(folder: Path, rank: int, world: int, scenarios: list[str]) -> None:
+def main(folder: Path, scenarios: list[str]) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
     pipeline, found = folder / "pipeline", {}
     for name in scenarios:
         bank, summary = train(folder / "cut", pipeline, name, rank=rank, world=world)
@@ -74,14 +73,4 @@ def main(folder: Path, rank: int, world: int, scenarios: list[str]) -> None:
     found["resumed"] = train(folder / "ended-cut", pipeline, "full", rank=rank, world=world)[1].step
     train(folder / "begun-cut", pipeline, "full", rank=rank, world=world, steps=1)
     (folder / f"result-{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    here, number, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT="1", ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo",
-                      ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
-    dist.init_process_group("gloo", init_method=f"file://{here}/meet", rank=number, world_size=size,
-                            timeout=timedelta(seconds=150))
-    main(here, number, size, sys.argv[4:])
     dist.destroy_process_group()

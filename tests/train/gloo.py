@@ -9,11 +9,9 @@ import json
 import os
 import signal
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from diffalign.errors import UserError
 from diffalign.train import TrainingError
@@ -21,6 +19,7 @@ from diffalign.train.guard import check_same_weights
 from diffalign.train.launch import make_accelerator
 from diffalign.world import raise_together, world_of
 
+from ..ranks import join
 from . import toy
 
 WORLD = 2
@@ -125,10 +124,7 @@ def crash(folder: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     here, number = Path(sys.argv[1]), int(sys.argv[2])
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT="1", ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group("gloo", init_method=f"file://{here}/meet", rank=number, world_size=WORLD,
-                            timeout=timedelta(seconds=150))
+    join(here, number, WORLD)
     result = scenarios(here, number)
     (here / f"result-{number}.json").write_text(json.dumps(result))
     crash(here, number)

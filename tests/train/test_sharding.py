@@ -1,10 +1,7 @@
 """Weights cut by FSDP2 over gloo processes: the losses, held-out figures, checkpoints and files of one process."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +13,12 @@ from diffalign.train.checkpoint import checkpoints, load
 from diffalign.train.launch import make_accelerator
 from diffalign.train.sharding import is_asked
 
+from .. import ranks
 from ..models import tiny
 from . import cut, toy
 from .test_world import apart, log
 
-ROOT, LIMIT = Path(__file__).parents[2], 500  # seconds: half a minute on an idle machine
+LIMIT = 500  # seconds: a quarter of a minute on an idle machine
 pytestmark = pytest.mark.timeout(600)
 QUICK = ("full", "lora")  # by default; four processes run all
 CUT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -38,18 +36,8 @@ def one(tmp_path_factory):
 
 
 def run(folder: Path, one: Path, world: int, scenarios) -> Path:
-    """All ranks, with a limit; killed whatever happens."""
     shutil.copytree(one, folder, dirs_exist_ok=True)
-    command = [sys.executable, "-m", "tests.train.cut", str(folder)]
-    ranks = [subprocess.Popen([*command, str(rank), str(world), *scenarios], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in range(world)]
-    try:
-        said = [process.communicate(timeout=LIMIT)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert all((folder / f"result-{rank}.json").exists() for rank in range(world)), said
+    ranks.together(cut.main, folder, list(scenarios), folder=folder, world=world, limit=LIMIT, **CUT)
     return folder
 
 

@@ -1,10 +1,8 @@
-"""A toy run: a 1,300-weight denoiser on [4, 8, 8] latents, a bank and a source that keep the contracts. Also a program:
-``python -m tests.train.toy OUTPUT_DIR '{"train": {...}, "pause": 0.0}'`` trains in a process that tests can kill."""
+"""A toy run: a 1,300-weight denoiser on [4, 8, 8] latents, a bank and a source that keep the contracts."""
 
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import time
 from pathlib import Path
@@ -150,10 +148,11 @@ def train(folder, *, bank=None, source=None, method=DPO, config=None, **options)
     return bank, summary
 
 
-if __name__ == "__main__":
-    choice = json.loads(sys.argv[2])
+def command(folder, pause: float, options: dict) -> int:
+    """What the command line does around ``train``: the exit code."""
     try:
-        train(sys.argv[1], source=Source((4,), pause=choice.get("pause", 0.0)), progress=True, **choice["train"])
+        train(folder, source=Source((4,), pause=pause), progress=True, **options)
     except UserError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    return 0
