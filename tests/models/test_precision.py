@@ -117,6 +117,7 @@ def test_the_base_is_measured_as_the_policy_computes(monkeypatch):
     monkeypatch.setattr(train, "_measure", lambda recipe, method, bank, cache, accelerator: bank)
     accelerator = SimpleNamespace(device=torch.device("cpu"))
     base = train._likelihood_before(recipe, None, None, accelerator).denoiser
-    norms = [[type(layer) for layer in denoiser.module.modules() if isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm))]
+    kinds = torch.nn.GroupNorm, torch.nn.LayerNorm
+    norms = [[type(layer) for layer in denoiser.module.modules() if isinstance(layer, kinds)]
              for denoiser in (base, parts.base_of(recipe, accelerator))]
     assert norms[0] == norms[1] and torch.nn.GroupNorm not in norms[0] and base.dtype == torch.bfloat16
