@@ -44,9 +44,9 @@ def killed(own: Path, size: int, *words, folder: Path, pattern: str, count: int)
     try:
         while len(list(folder.glob(pattern))) < count:
             assert time.monotonic() < deadline and any(process.is_alive() for process in processes)
-            time.sleep(0.01)
+            time.sleep(0.002)
         processes[-1].kill()
-        time.sleep(0.3)
+        time.sleep(0.1)
     finally:
         for process in processes:
             process.kill()
