@@ -95,6 +95,7 @@ def bench(options) -> dict:
     work = Path(options.work or tempfile.mkdtemp(prefix="bench_train-"))
     work.mkdir(parents=True, exist_ok=True)
     try:
+        say("making the model's and the pairs' files, encoding and measuring the reference")
         file = write_recipe(options, work)
         prepare(file)
         planned = plan_of(file)
@@ -113,6 +114,10 @@ def plan_of(file: Path) -> dict[str, int]:
     return plan(load_recipe(file), gpu="h200")["memory_bytes"]
 
 
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def asked(worker: Worker, question: Callable[[Worker], dict]) -> dict | None:
     """The worker's answer; None, and a line, where a lever does not work here. Raises Stopped for one of the four paths."""
     try:
@@ -124,7 +129,7 @@ def asked(worker: Worker, question: Callable[[Worker], dict]) -> dict | None:
         answer, note = None, str(error).strip().splitlines()[-1]
     if note:
         worker.process.kill()
-        print(f"{worker.path}: not measured: {note}", file=sys.stderr, flush=True)
+        say(f"{worker.path}: not measured: {note}")
         return None
     return answer
 
@@ -135,6 +140,7 @@ def run_rounds(file: Path, options) -> tuple[list[dict], dict, dict]:
     rounds, stages, peaks = [{} for _ in range(options.rounds)], {}, {}
     for some in [[name] for name in names] if options.apart else [names]:
         workers = [Worker(name, file, options) for name in some]
+        say(f"{', '.join(some)}: loading, first steps (a compiler takes a minute or more)")
         workers = [worker for worker in workers if asked(worker, Worker.answer)]
         for number, found in enumerate(rounds):
             for worker in list(workers):
@@ -143,9 +149,8 @@ def run_rounds(file: Path, options) -> tuple[list[dict], dict, dict]:
                     workers.remove(worker)
                     continue
                 found.update(answer if worker.path == "encode" else {worker.path: answer["seconds"] / pairs})
-            print(f"round {number + 1}/{options.rounds}: "
-                  + ", ".join(f"{name} {1 / found[name]:.3g}" for name in (*SHOWN, *names[len(PATHS):]) if name in found)
-                  + " pairs/s", file=sys.stderr, flush=True)
+            speeds = (f"{name} {1 / found[name]:.3g}" for name in (*SHOWN, *names[len(PATHS):]) if name in found)
+            say(f"round {number + 1}/{options.rounds}: {', '.join(speeds)} pairs/s")
         for worker in workers:
             if worker.path in SHOWN[:3]:
                 stages[worker.path] = worker.turn("stages")

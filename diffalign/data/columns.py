@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from .. import rng
-from ..errors import DataError, first_line
+from ..errors import DataError
 from . import tars
 from .images import MAX_BYTES
 from .spec import DataSpec
@@ -633,7 +633,9 @@ def _is_hub(path: str) -> bool:
 def _asked_once(path: str, spec: DataSpec, call: Callable):
     """``call``, guarded. A hub that cannot be reached is asked once, and ``datasets`` then takes what it has cached; by itself
     it would ask for half a minute."""
-    problem = _unreachable(path, spec.revision) if _is_hub(path) and not Path(path).exists() else None
+    from ..models.load import unreachable
+
+    problem = unreachable("dataset", path, spec.revision) if _is_hub(path) and not Path(path).exists() else None
     if problem is None:
         return _guarded(path, call)
     import datasets
@@ -650,20 +652,6 @@ def _asked_once(path: str, spec: DataSpec, call: Callable):
         return _guarded(path, cached)
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-
-
-def _unreachable(path: str, revision: str | None) -> str | None:
-    """Why the hub gives no answer at all; None where it gives one, whatever it is."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().dataset_info(path, revision=revision, timeout=10)
-    except HfHubHTTPError:
-        return None
-    except Exception as error:  # of whichever HTTP library the hub's client uses in this version
-        return first_line(error)
-    return None
 
 
 def _files(path: str, split: str, spec: DataSpec) -> list[str]:

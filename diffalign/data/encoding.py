@@ -608,4 +608,4 @@ def _commit(name: str, revision: str | None) -> str | None:
 
 def _bar(rows: Iterator[Row], visible: bool, part: str) -> Iterator[Row]:
     from tqdm import tqdm
-    return iter(tqdm(rows, desc=f"encode {part}", unit=" groups", disable=not visible))
+    return iter(tqdm(rows, desc=f"encode {part}", unit=" groups", disable=None if visible else True))

@@ -71,7 +71,7 @@ class Paired:
 
     def _needs(self) -> str:
         if self.prompts_needed is None:
-            return "The two are level." if self.win_rate == 0.5 else "One prompt cannot show a difference."
+            return "As many were won as lost." if self.win_rate == 0.5 else "One prompt cannot show a difference."
         if self.win_rate_low > 0.5 or self.win_rate_high < 0.5:
             return f"Fewer than {FEWEST} prompts were won or lost, the others are ties: too few to tell."
         if self.prompts_needed > 100_000:

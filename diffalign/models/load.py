@@ -324,15 +324,33 @@ def _weight_patterns(variant: str | None) -> tuple[str, ...]:
 
 
 def download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """Files of a hub repository -> its folder in the cache. Raises ModelError, one line, also when offline."""
+    """Files of a hub repository -> its folder in the cache. Raises ModelError, one line, also when offline.
+
+    A hub that cannot be reached is asked once; its client by itself would ask for half a minute.
+    """
     from huggingface_hub import snapshot_download
 
+    problem = unreachable("model", name, revision)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=problem is not None))
     except Exception as error:   # of whichever HTTP library the hub's client uses in this version
-        at = f" at revision {revision}" if revision else ""
-        raise ModelError(f"{name}: no such folder here, and the hub did not give it{at} ({first_line(error)}); check the "
-                         "path, the network, or download it beforehand") from error
+        at, problem = f" at revision {revision}" if revision else "", problem or first_line(error)
+        raise ModelError(f"{name}: no such folder here, and the hub did not give it{at} ({problem}); check the path, the "
+                         "network, or download it beforehand") from error
+
+
+def unreachable(kind: Literal["model", "dataset"], name: str, revision: str | None) -> str | None:
+    """Why the hub gives no answer at all; None where it gives one, whatever it is."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        getattr(HfApi(), f"{kind}_info")(name, revision=revision, timeout=10)
+    except HfHubHTTPError:
+        return None
+    except Exception as error:   # as above
+        return first_line(error)
+    return None
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def _measure(steps: list[int], recipe: Recipe, stored: data.Offline, folder: Pat
     """steps: rising. A file is a run of consecutive steps of one block."""
     context = base_passes(recipe, accelerator)
     groups, keys, errors = stored.order.groups_per_step, [], []
-    visible = tqdm(steps, desc="reference", unit=" steps", disable=not accelerator.is_main_process)
+    visible = tqdm(steps, desc="reference", unit=" steps", disable=None if accelerator.is_main_process else True)
     for step, following in zip(visible, [*steps[1:], None]):
         for batch in stored.take(step):
             keys.append(batch.key)

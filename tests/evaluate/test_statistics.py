@@ -142,7 +142,7 @@ def test_sentences():
         "The aligned model is better: it wins 100.0% of 60 prompts (95% interval 94.0% to 100.0%"
     )
     assert worse.sentence.startswith("The aligned model is worse: it wins only 0.0% of 60 prompts")
-    assert level.verdict == "undecided" and level.sentence.endswith("The two are level.")
+    assert level.verdict == "undecided" and level.sentence.endswith("As many were won as lost.")
     assert open_.sentence.startswith("No difference is shown at this size") and "it needs about 550 prompts" in open_.sentence
 
 

@@ -230,11 +230,17 @@ def test_hub_ids_that_cannot_be_had_are_one_line(monkeypatch):
         asked.update(options)
         raise OSError("no network\nand more")
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ModelError, match=r"^a/b: .*at revision abc \(no network\)") as caught:
         ClipScore(model="a/b", revision="abc").check()
     assert "\n" not in str(caught.value) and asked["revision"] == "abc"
     assert not any(pattern.endswith((".bin", "*", ".py")) for pattern in asked["allow_patterns"])
+    assert not asked["local_files_only"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: offline("a/b"))
+    with pytest.raises(ModelError, match=r"^a/b: .*\(no network\)"):
+        ClipScore(model="a/b", revision="abc").check()
+    assert asked["local_files_only"], "asked once, then only what is here"
 
 
 def test_hps_files_that_cannot_work_are_one_line(checkpoint, tmp_path):
