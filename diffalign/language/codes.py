@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .. import _compat  # noqa: F401  (before transformers)
 from ..errors import DataError
 
 if TYPE_CHECKING:  # it takes a second to import

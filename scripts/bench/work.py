@@ -7,6 +7,8 @@ import io
 import json
 from pathlib import Path
 
+from diffalign import _compat  # noqa: F401  (before diffusers: it mends a torchvision that does not fit torch)
+
 WARM = 2   # steps before the first turn
 AGAIN = 1  # before the clock of every turn: memory that was given back is taken again, caches are filled
 
