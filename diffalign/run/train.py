@@ -156,8 +156,8 @@ def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accele
     after = _measure(recipe, method, bank, cache, accelerator, known)
     if isinstance(recipe.likelihood, LatentScores):  # before training it knows nothing: validation_start has the figure
         return None if after is None else after.tree()
-    known = _base_set(method, bank) is not None
-    before = None if known or after is None else _likelihood_before(recipe, bank, cache, accelerator)
+    has_base = _base_set(method, bank) is not None
+    before = None if has_base or after is None else _likelihood_before(recipe, bank, cache, accelerator)
     return None if after is None else before_and_after(after, before)
 
 

@@ -62,14 +62,11 @@ def assert_equal_one(folder: Path, name: str, world: int) -> None:
     if not loose:
         assert apart(a, b, "optimizer") < 1e-4
     for mine, his in zip(log(a), log(b), strict=True):
-        # half of beta 2000 times float32's 1e-7; bfloat16 rounds margins by some 2e-4, more than two steps move them, so that
-        # there it is the weights that say most
-        assert mine["loss"] == pytest.approx(his["loss"], rel=3e-4, abs=0.2 if loose else 0)
-        assert mine["grad_norm"] == pytest.approx(his["grad_norm"], rel=0.1 if loose else 1e-3)
+        assert mine["loss"] == pytest.approx(his["loss"], rel=1e-2 if loose else 3e-4)  # beta 2000 times float32's 1e-7
+        assert mine["grad_norm"] == pytest.approx(his["grad_norm"], rel=0.05 if loose else 1e-3)
         assert mine["update_norm"] == pytest.approx(his["update_norm"], rel=1e-2 if loose else 1e-5)
-    for mine, his in zip(heldout(a), heldout(b), strict=True):  # differences of errors near 1
-        assert mine["validation/margin"] == pytest.approx(his["validation/margin"], rel=1e-3, abs=1e-3 if loose else 5e-7)
-        assert loose or mine == pytest.approx(his, rel=1e-3, abs=5e-7)
+    for mine, his in zip(heldout(a), heldout(b), strict=True):
+        assert mine == pytest.approx(his, rel=1e-3, abs=1e-4 if loose else 5e-7)  # differences of errors near 1
     results = [json.loads((folder / f"result-{rank}.json").read_text())[name] for rank in range(world)]
     assert all(result == results[0] and result["plain"] for result in results)
     assert results[0]["parameters"] == sum(t.numel() for key, t in load(checkpoints(b)[-1]).tensors["weights"].items()
