@@ -3,7 +3,8 @@
 Asked for by accelerate's own configuration (``configs/accelerate/fsdp2.yaml``, ``zero2.yaml``) or its variables. The cutting
 is torch's ``fully_shard`` rather than accelerate's: that one rounds the inputs of a mixed-precision model, times and sizes
 among them, keeps weights that a moved reference has outdated, and leaves the CPU out, where the tests run. Weights stay
-float32 and autocast rounds them, as in one process: the losses are those of one process.
+float32 and autocast rounds them, as in one process: the losses are those of one process, in bfloat16 up to the order in which
+gradients are added where a block and a skip connection read the same tensor.
 """
 
 from __future__ import annotations

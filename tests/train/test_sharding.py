@@ -19,7 +19,8 @@ from . import cut, toy
 from .test_world import apart, log
 
 LIMIT = 500  # seconds: a quarter of a minute on an idle machine
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600),  # and the first block, before which nothing is trained:
+              pytest.mark.filterwarnings("ignore:Full backward hook is firing")]
 QUICK = ("full", "lora")  # by default; four processes run all
 CUT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -55,18 +56,16 @@ def four(one, tmp_path_factory):
 
 def assert_equal_one(folder: Path, name: str, world: int) -> None:
     a, b = folder / "cut" / name, folder / "one" / name
-    loose = cut.SCENARIOS[name].get("mixed_precision") == "bf16"  # sums of rounded gradients, in another order
-    assert apart(a, b) < (1e-3 if loose else 1e-6)
+    assert apart(a, b) < 1e-6
     if "ema_decay" in cut.SCENARIOS[name]:
         assert apart(a, b, "ema") < 1e-6
-    if not loose:
-        assert apart(a, b, "optimizer") < 1e-4
+    assert apart(a, b, "optimizer") < 1e-4
     for mine, his in zip(log(a), log(b), strict=True):
-        assert mine["loss"] == pytest.approx(his["loss"], rel=1e-2 if loose else 3e-4)  # beta 2000 times float32's 1e-7
-        assert mine["grad_norm"] == pytest.approx(his["grad_norm"], rel=0.05 if loose else 1e-3)
-        assert mine["update_norm"] == pytest.approx(his["update_norm"], rel=1e-2 if loose else 1e-5)
+        assert mine["loss"] == pytest.approx(his["loss"], rel=3e-4)  # beta 2000 times float32's 1e-7
+        assert mine["grad_norm"] == pytest.approx(his["grad_norm"], rel=1e-3)
+        assert mine["update_norm"] == pytest.approx(his["update_norm"], rel=1e-5)
     for mine, his in zip(heldout(a), heldout(b), strict=True):
-        assert mine == pytest.approx(his, rel=1e-3, abs=1e-4 if loose else 5e-7)  # differences of errors near 1
+        assert mine == pytest.approx(his, rel=1e-3, abs=5e-7)  # differences of errors near 1
     results = [json.loads((folder / f"result-{rank}.json").read_text())[name] for rank in range(world)]
     assert all(result == results[0] and result["plain"] for result in results)
     assert results[0]["parameters"] == sum(t.numel() for key, t in load(checkpoints(b)[-1]).tensors["weights"].items()
