@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from .. import rng
-from ..errors import DataError, ResourceError, UserError
+from ..errors import DataError, ResourceError
 from ..world import Single, World, together
 from . import buckets as shapes
 from .cache import INDEX, UNCONDITIONAL, VERSION, Cache, prompt_key, short
@@ -168,23 +168,20 @@ def _build(job: _Job, encoders: Callable, progress: bool) -> dict:
     looks = [job.sets / f"looks-{run}-{rank}.json" for rank in range(job.world.size)]
     tally, ledger, made = Tally(), Ledger(job.sets), []
 
+    def scan() -> str:
+        made.append(_Encoding(job, ledger, encoders))
+        _scan(job, ledger, made[0], tally, looks, progress)
+        return json.dumps({key.hex(): why for key, why in made[0].failed.items()})
+
     def finish() -> None:
-        made.append(_finished(job, work, ledger, failed, tally))
+        made.append(_finished(job, made[0], ledger, failed, tally))
 
     with ExitStack() as stack:
         stack.callback(looks[job.world.rank].unlink, missing_ok=True)
         together(job.world, lambda: _look_at_share(job, stack.enter_context(ledger), looks))
-        work, fatal = None, None
-        try:
-            work = _Encoding(job, ledger, encoders)
-            _scan(job, ledger, work, tally, looks, progress)
-        except UserError as error:
-            if job.world.size == 1:
-                raise
-            fatal = str(error)
-        failed = _failures(job.world, fatal, {} if work is None else work.failed)
+        failed = {key: why for text in together(job.world, scan, DataError) for key, why in json.loads(text).items()}
         together(job.world, finish)
-    return made[0]
+    return made[1]
 
 
 def _scan(job: _Job, ledger: Ledger, work: _Encoding, tally: Tally, looks: list[Path], progress: bool) -> None:
@@ -440,16 +437,6 @@ class _Encoding:
         if self.job.spec.bad_rows == "refuse":
             raise DataError(why)
         self.failed[key] = why
-
-
-def _failures(world: World, fatal: str | None, failed: dict[bytes, str]) -> dict[str, str]:
-    """key -> why, of all processes. Raises the first fatal one, the same on every rank."""
-    own = {"fatal": fatal, "failed": {key.hex(): why for key, why in failed.items()}}
-    found = [json.loads(text) for text in world.gather(json.dumps(own))]
-    for one in found:
-        if one["fatal"] is not None:
-            raise DataError(one["fatal"])
-    return {key: why for one in found for key, why in one["failed"].items()}
 
 
 def _drop_failed(job: _Job, work: _Encoding, ledger: Ledger, failed: dict[str, str], tally: Tally) -> None:
