@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from .. import rng
 from ..errors import DataError, ResourceError
-from ..world import Single, World, together
+from ..world import Single, World, on_first, together
 from . import buckets as shapes
 from .cache import INDEX, UNCONDITIONAL, VERSION, Cache, prompt_key, short
 from .columns import ImageRef, Row, Tally, files_below, nothing_left, read_rows, refuse_or_skip, source_path
@@ -104,10 +104,12 @@ def encode(spec: DataSpec, encoders_factory: Callable[[], object], *, cache_dir:
         return loaded[0]
 
     def find() -> str:
-        job = _Job(spec, part, seed, resolution, facts or encoders(), Path(cache_dir), world)
+        job = _Job(spec, part, seed, resolution, facts or encoders(), Path(cache_dir), world, *source)
         made.extend([job, job.found()])
         return "found" if made[1] else ""
 
+    # asked for once: a disk or hub that changes meanwhile must not give the processes two names for one cache
+    source = json.loads(on_first(world, lambda: json.dumps(_source(spec, part))))
     # what one process does not see, all build again: they must take the same turn, and most of it is there
     found = all(together(world, find))
     job, report = made
@@ -117,9 +119,10 @@ def encode(spec: DataSpec, encoders_factory: Callable[[], object], *, cache_dir:
 
 
 class _Job:
-    """One call of ``encode``: its arguments, where its stores lie and the name of its manifest."""
+    """One call of ``encode``: its arguments, where its stores lie, the name of its manifest. source, sure: see ``_source``."""
 
-    def __init__(self, spec: DataSpec, part: str, seed: int, resolution: int, facts: Facts, folder: Path, world: World):
+    def __init__(self, spec: DataSpec, part: str, seed: int, resolution: int, facts: Facts, folder: Path, world: World,
+                 source: list, sure: bool):
         self.spec, self.part, self.seed, self.facts, self.world = spec, part, seed, facts, world
         self.buckets = shapes.buckets(resolution, facts.spatial_factor, spec.aspect_ratio_buckets)
         self.mirrors = (False, True) if spec.random_flip else (False,)
@@ -132,7 +135,7 @@ class _Job:
             raise ResourceError(f"{self.sets}: cannot make the cache folder ({error.strerror}); set data.cache_dir") from None
         sweep(self.sets)
         sweep(self.sets, "looks-")
-        self.source, self.sure = _source(spec, part)
+        self.source, self.sure = source, sure
         self.id = short([VERSION, part, resolution, facts.family, facts.spatial_factor, sorted(names.values()), self.source,
                           *self._options()])
         self.manifest = self.sets / f"{self.id}.json"
