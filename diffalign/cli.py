@@ -51,6 +51,7 @@ _COMMANDS = {
                      "the option to change where it does not fit", settings=(
         ("gpu", str, "h100", "name of the card, such as h200, a100-80, 4090"),
         ("gpus", int, 1, "how many of them"),
+        ("sharding", str, "none", "none, or how the weights are cut over them: fsdp2, zero2 (configs/accelerate)"),
         ("efficiency", float, 0.2, "share of the card's data-sheet rate that training reaches: an assumption"),
         ("json", str, None, "write the plan to this file, too"))),
     "evaluate": _Command("compare base, aligned and other models on the same prompts and seeds: win rates with intervals, "

@@ -23,6 +23,7 @@ from ..models.load import inspect
 from ..models.published import MODELS, on_meta
 from ..models.weights import WeightBank
 from ..process import CURRENT
+from ..train.sharding import blocks
 from . import parts
 from .words import Printer, silent
 
@@ -44,6 +45,7 @@ CARDS = {
     "l40s": Card(45, 362), "a10": Card(22.5, 125), "l4": Card(22.5, 121), "5090": Card(31.8, 209.5), "4090": Card(24, 165.2),
     "3090": Card(24, 71), "t4": Card(15, 65, bf16=False),
 }
+CUTS = ("none", "fsdp2", "zero2")
 CONTEXT = 0.6 * GIB  # of CUDA and its libraries' kernels; an assumption
 SLACK = 0.05  # of the rest, that the allocator leaves unused between blocks; an assumption
 
@@ -61,9 +63,11 @@ class Needs:
         return sum(self.memory.values())
 
 
-def plan(recipe: Recipe, printer: Printer = silent, *, gpu: str = "h100", gpus: int = 1, efficiency: float = 0.2,
-         json: str | None = None) -> dict:
-    """Memory, speed, hours and disk of ``train`` with this recipe on ``gpus`` of the named card. Raises UserError children."""
+def plan(recipe: Recipe, printer: Printer = silent, *, gpu: str = "h100", gpus: int = 1, sharding: str = "none",
+         efficiency: float = 0.2, json: str | None = None) -> dict:
+    """Memory, speed, hours and disk of ``train`` with this recipe on ``gpus`` of the named card. sharding: the name of a file
+    in ``configs/accelerate`` by which the weights are cut over the cards. Raises UserError children.
+    """
     card = CARDS.get(gpu.lower())
     if card is None:
         raise ConfigError(f"--gpu: no card called {gpu!r}; known are {', '.join(CARDS)}")
@@ -73,18 +77,23 @@ def plan(recipe: Recipe, printer: Printer = silent, *, gpu: str = "h100", gpus: 
         raise ConfigError(f"--efficiency must be above 0 and at most 1, got {efficiency}")
     if not card.bf16 and recipe.train.mixed_precision == "bf16":
         raise ConfigError(f"train.mixed_precision: a {gpu} has no bfloat16; plan with train.mixed_precision=fp16")
-    found = _Plan(recipe)
+    if sharding not in CUTS:
+        raise ConfigError(f"--sharding: choose one of {', '.join(CUTS)}, got {sharding!r}")
+    if sharding != "none" and not _can_be_cut(recipe, gpus):
+        raise ConfigError(f"--sharding {sharding}: weights are cut over two GPUs or more (--gpus), with "
+                          "train.optimizer=adamw and without train.mixed_precision=fp16")
+    found = _Plan(recipe, gpus)
     printer(f"following one training pass of {found.facts['model']} without computing it (half a minute for SDXL)")
-    needs = found.needs(recipe)
+    needs = found.needs(recipe, sharding)
     count = found.count(recipe)
     result = found.facts | {"parameters": count.parameters, "trained": count.trained // 4,
-                            "gpu": gpu.lower(), "gpus": gpus, "efficiency": efficiency,
+                            "gpu": gpu.lower(), "gpus": gpus, "sharding": sharding, "efficiency": efficiency,
                             "memory_bytes": _budget(needs),
                             "tflop_per_group": needs.tflop, **_time(recipe, needs, card, gpus, efficiency)}
     total, limit = sum(result["memory_bytes"].values()), int(card.memory * GIB)
     result |= {"total_bytes": total, "limit_bytes": limit, "fits": total <= limit,
                "cache_bytes_per_1000_groups": found.cache_bytes(recipe)}
-    result["instead"] = [] if result["fits"] else found.instead(limit)
+    result["instead"] = [] if result["fits"] else found.instead(limit, sharding)
     _say(result, printer)
     if json:
         write_json(Path(json), result)
@@ -94,8 +103,9 @@ def plan(recipe: Recipe, printer: Printer = silent, *, gpu: str = "h100", gpus: 
 @dataclass(frozen=True, kw_only=True)
 class Count:
     """Of a model as it is trained. Bytes, with all weights trained in float32: weights, trained, copies (other weight sets),
-    once and row (of a pass and its backward, whatever the rows, and of each). parameters: numbers. needed, spent: operations a
-    row with its references, and with what checkpointing runs again.
+    once and row (of a pass and its backward, whatever the rows, and of each); block and rest: of weights that are gathered
+    together where they are cut, the largest block and what is in none. parameters: numbers. needed, spent: operations a row
+    with its references, and with what checkpointing runs again.
     """
 
     parameters: int
@@ -104,6 +114,8 @@ class Count:
     copies: int
     once: int
     row: int
+    block: int
+    rest: int
     needed: int
     spent: int
 
@@ -111,7 +123,7 @@ class Count:
 class _Plan:
     """The model on the meta device, and counts of it that several recipes share."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, gpus: int = 1):
         _refuse(recipe)
         name = recipe.model.pretrained_model_name_or_path
         if Path(name).exists():
@@ -123,7 +135,7 @@ class _Plan:
         else:
             raise ModelError(f"model.pretrained_model_name_or_path: {name} is no folder here, and no configuration of it is "
                              f"shipped; download it, or plan with one of {', '.join(MODELS)}")
-        self.recipe, self._counted = recipe, {}
+        self.recipe, self.gpus, self._counted = recipe, gpus, {}
         size = self.layout[1].get("sample_size") or 64
         self.side = (recipe.data.resolution or FACTOR * (min(size) if isinstance(size, list) else size)) // FACTOR
         self.candidates = _candidates(recipe)
@@ -131,14 +143,15 @@ class _Plan:
                       "candidates": self.candidates,
                       "groups_per_step": recipe.train.train_batch_size * recipe.train.gradient_accumulation_steps}
 
-    def needs(self, recipe: Recipe) -> Needs:
-        count = self.count(recipe)
+    def needs(self, recipe: Recipe, sharding: str = "none") -> Needs:
+        count, parts = self.count(recipe), self.gpus if sharding != "none" else 1
         draws = recipe.likelihood.draws
         rows, per_group = self.candidates * recipe.train.train_batch_size * draws, self.candidates * draws
         state = {"adamw": 2.0, "adamw_8bit": 0.5, "adafactor": 0.01}[recipe.train.optimizer]
         memory = {"weights": count.weights, "gradients": count.trained, "optimizer": int(state * count.trained),
-                  "reference": count.copies, "moving average": count.trained if recipe.train.ema_decay else 0,
-                  "activations": count.once + rows * count.row}
+                  "reference": count.copies, "moving average": count.trained if recipe.train.ema_decay else 0}
+        memory = {name: size // parts for name, size in memory.items()}
+        memory |= {"gathered": _gathered(count, sharding), "activations": count.once + rows * count.row}
         return Needs(memory={name: size for name, size in memory.items() if size},
                      tflop=per_group * count.needed / 1e12, spent=per_group * count.spent / 1e12)
 
@@ -158,15 +171,15 @@ class _Plan:
         text = sum(x.numel() for x in (cond.tokens, cond.pooled) if x is not None)
         return 1000 * width * (self.candidates * 2 * xt.numel() * (1 + recipe.data.random_flip) + text)
 
-    def instead(self, limit: int) -> list[dict]:
+    def instead(self, limit: int, sharding: str = "none") -> list[dict]:
         """Changes, each on top of those before, until it fits; all of them where nothing does."""
-        def total(recipe: Recipe) -> int:
-            return sum(_budget(self.needs(recipe)).values())
+        def total(recipe: Recipe, sharding: str) -> int:
+            return sum(_budget(self.needs(recipe, sharding)).values())
 
         tried, options = [], []
-        for recipe, option in _changes(self.recipe, lambda recipe: total(recipe) <= limit):
+        for recipe, cut, option in _changes(self.recipe, sharding, self.gpus, lambda *how: total(*how) <= limit):
             options = [*options, option]
-            tried.append({"options": options, "total_bytes": total(recipe), "fits": total(recipe) <= limit})
+            tried.append({"options": options, "total_bytes": total(recipe, cut), "fits": total(recipe, cut) <= limit})
             if tried[-1]["fits"]:
                 break
         return tried
@@ -194,9 +207,35 @@ def _counted(recipe: Recipe, layout: tuple, side: int) -> Count:
                                                                *inputs(denoiser, 1, side, side)))
                      for name in set(method.reads) - {"policy", CURRENT})
     module = unwrap(denoiser.module)
+    rest, *gathered = _apart(module)
     return Count(parameters=sum(p.numel() for p in module.parameters()), weights=_bytes(module.parameters()),
                  trained=_bytes(bank.trainable().values()), copies=_bytes(bank.copies()), once=2 * one - two, row=two - one,
+                 block=max(gathered, default=0), rest=rest,
                  needed=needed + references, spent=spent + references)
+
+
+def _apart(module: torch.nn.Module) -> list[int]:
+    """Bytes of the weights that FSDP2 gathers together: those in no block, then each block's."""
+    sizes, seen = [], set()
+    for block in blocks(module):
+        own = [p for p in block.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in own}
+        sizes.append(_bytes(own))
+    return sizes[::-1]
+
+
+def _gathered(count: Count, sharding: str) -> int:
+    """What is whole at a time of cut weights. fsdp2: what is in no block, a block and the next one's buffer, and as much of
+    gradients that are about to be shared out. zero2: everything and a block's buffer, when the backward begins."""
+    if sharding == "none":
+        return 0
+    if sharding == "zero2":
+        return count.weights + count.block
+    return count.rest + 2 * count.block + int(2 * count.block * count.trained / count.weights)
+
+
+def _can_be_cut(recipe: Recipe, gpus: int) -> bool:
+    return gpus > 1 and recipe.train.optimizer == "adamw" and recipe.train.mixed_precision != "fp16"
 
 
 def _refuse(recipe: Recipe) -> None:
@@ -228,41 +267,46 @@ def _time(recipe: Recipe, needs: Needs, card: Card, gpus: int, efficiency: float
     return {"groups_per_s": per_second, "groups": groups, "hours": groups / per_second / 3600}
 
 
-def _changes(recipe: Recipe, fits: Callable[[Recipe], bool]) -> Iterator[tuple[Recipe, str]]:
-    """Cheapest first: what costs nothing but time before what changes the run. The batch is halved as often as it must."""
+def _changes(recipe: Recipe, cut: str, gpus: int, fits: Callable[[Recipe, str], bool]) -> Iterator[tuple[Recipe, str, str]]:
+    """(recipe, sharding, what was changed). Cheapest first: what costs nothing but time before what changes the run. The batch
+    is halved as often as it must."""
     train, before = recipe.train, recipe.train.train_batch_size
-    while train.train_batch_size % 2 == 0 and not fits(recipe):
+    while train.train_batch_size % 2 == 0 and not fits(recipe, cut):
         train = replace(train, train_batch_size=train.train_batch_size // 2,
                         gradient_accumulation_steps=2 * train.gradient_accumulation_steps)
         recipe = replace(recipe, train=train)
     if train.train_batch_size < before:
-        yield recipe, (f"train.train_batch_size={train.train_batch_size} "
-                       f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}")
+        yield recipe, cut, (f"train.train_batch_size={train.train_batch_size} "
+                            f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}")
     if train.gradient_checkpointing is not True:
         kept = replace(recipe, train=replace(train, gradient_checkpointing="selective"))
-        if not train.gradient_checkpointing and fits(kept):  # less is run again
-            yield kept, "train.gradient_checkpointing=selective"
+        if not train.gradient_checkpointing and fits(kept, cut):  # less is run again
+            yield kept, cut, "train.gradient_checkpointing=selective"
             return
         train = replace(train, gradient_checkpointing=True)
         recipe = replace(recipe, train=train)
-        yield recipe, "train.gradient_checkpointing=true"
-    if recipe.model.lora is None and train.optimizer == "adamw":
+        yield recipe, cut, "train.gradient_checkpointing=true"
+    if cut == "none" and _can_be_cut(recipe, gpus):
+        cut = "fsdp2"
+        yield recipe, cut, "configs/accelerate/fsdp2.yaml"
+    if recipe.model.lora is None and train.optimizer == "adamw" and cut == "none":
         train = replace(train, optimizer="adamw_8bit")
         recipe = replace(recipe, train=train)
-        yield recipe, "train.optimizer=adamw_8bit"
+        yield recipe, cut, "train.optimizer=adamw_8bit"
     if train.mixed_precision == "no":
         train = replace(train, mixed_precision="bf16")
         recipe = replace(recipe, train=train)
-        yield recipe, "train.mixed_precision=bf16"
+        yield recipe, cut, "train.mixed_precision=bf16"
     if recipe.model.lora is None:
         recipe = replace(recipe, model=replace(recipe.model, lora=LoRA(rank=64)), train=replace(train, optimizer="adamw"))
-        yield recipe, "model.lora.rank=64 train.optimizer=adamw"
+        yield recipe, cut, "model.lora.rank=64 train.optimizer=adamw"
 
 
 def _say(result: dict, printer: Printer) -> None:
     printer(f"{result['model']}, {result['resolution']} pixels ({result['configuration']}; nothing was downloaded): "
             f"{result['parameters'] / 1e6:,.1f} M weights, {result['trained'] / 1e6:,.1f} M of them trained")
-    printer(f"memory of one {result['gpu']}, {result['candidates']} pictures a group:")
+    cut = "" if result["sharding"] == "none" else f" of {result['gpus']} that share the weights ({result['sharding']})"
+    printer(f"memory of one {result['gpu']}{cut}, {result['candidates']} pictures a group:")
     for name, size in result["memory_bytes"].items():
         printer(f"  {name:20} {size / GIB:8.2f} GiB")
     verdict = "fits" if result["fits"] else "does not fit"

@@ -76,14 +76,19 @@ def cutter(device, processes: int) -> Callable[[nn.Module], None]:
     shape = (processes,) if copies == 1 else (copies, processes // copies)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard")[-len(shape):])
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").strip().lower() != "false"
-    told = [name.strip() for name in os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",") if name.strip()]
 
     def cut(module: nn.Module) -> None:
-        names = told or getattr(module, "_no_split_modules", None) or ()
-        blocks = [block for block in module.modules() if type(block).__name__ in names and block is not module]
-        for block in [*reversed(blocks), module]:  # inner ones first
+        for block in blocks(module):
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     return cut
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time: inner blocks before outer ones, last the module with what is left."""
+    told = [name.strip() for name in os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",") if name.strip()]
+    names = told or getattr(module, "_no_split_modules", None) or ()
+    found = [block for block in module.modules() if type(block).__name__ in names and block is not module]
+    return [*reversed(found), module]
 
 
 def forget_gathered(module: nn.Module) -> None:
