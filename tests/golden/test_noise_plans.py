@@ -161,8 +161,8 @@ def test_reward_scale_inside_the_link(scale, loss):
 def test_reward_scale_reaches_the_logit():
     """Card check 3 through the estimator: every pair's logit is lambda(t) times what it is without."""
     batch, model, process = batch_of(b=64, shape=(1, 2, 2)), Linear(policy=0.3, reference=0.2), sd_process()
-    plain, scaled = (Preference(DenoisingELBO(weighting=weighting), Pairwise(beta=50)).loss(batch, context(model)).metrics["logit"]
-                     for weighting in (Simple(), HighNoise()))
+    plain, scaled = (Preference(DenoisingELBO(weighting=weighting), Pairwise(beta=50)).loss(batch, context(model))
+                     .metrics["logit"] for weighting in (Simple(), HighNoise()))
     alpha, sigma = process.coefficients(DenoisingELBO().noised(batch, context(model)).t.view(64, 2)[:, 0])
     ends = (sigma / alpha).new_tensor([(1 / abar - 1) ** 0.5 for abar in process.alphas_cumprod[[0, -1]].tolist()])
     scale = 1 + (sigma / alpha - ends[0]) / (ends[1] - ends[0])

@@ -158,9 +158,9 @@ def moved(x_t, apart):
 
 
 def test_a_shared_state_moves_the_mean_to_the_winner_and_two_states_may_not():
-    """tailorpo.md checks 2 and 3. From x_t = (1, 2), the children (.3, -.1) apart: x_t . (x_w - x_l) = .1 > 0, so that the mean
-    moves with the difference, whose half the winner lies at. From (1, 0) and (5, 0), each child .1 above its mean:
-    1 * .1 - 5 * .1 < 0, away from the winner."""
+    """tailorpo.md checks 2 and 3. From x_t = (1, 2), the children (.3, -.1) apart: x_t . (x_w - x_l) = .1 > 0, so that the
+    mean moves along the difference. From (1, 0) and (5, 0), each child .1 above its mean: 1 * .1 - 5 * .1 < 0, away from
+    the winner."""
     assert moved([[1.0, 2.0]], [[0.15, -0.05], [-0.15, 0.05]]) > 0
     assert moved([[1.0, 0.0], [5.0, 0.0]], [[0.1, 0.0], [0.1, 0.0]]) < 0
 
