@@ -80,6 +80,16 @@ def test_what_the_sequences_promise():
     assert (torch.histc(golden[5].float(), 16, 0, 1) - 4).abs().max() <= 2  # every window covers the interval
 
 
+@pytest.mark.parametrize("sequence, line, bowl", [
+    (Random(), 1 / 24, 1 / 360), (Stratified(strata=2), 1 / 96, 1 / 360), (Antithetic(), 0.0, 1 / 180)])
+def test_variance_of_the_mean_of_two_times(sequence, line, bowl):
+    """vrpo.md 5.5, of a(t) = t and (t - 1/2)^2: variances 1/12 and 1/180, halved by two draws. A half of (0, 1) has 1/48, so
+    two strata 1/96. Mirror images make up for each other in t, and have the very same bowl: worse than two draws."""
+    t = sequence.draw(5, KEYS, PLACES).view(-1, 2)
+    assert t.mean(1).var().item() == pytest.approx(line, rel=0.13, abs=1e-12)    # 4 standard errors of 2048 pairs
+    assert (t - 0.5).square().mean(1).var().item() == pytest.approx(bowl, rel=0.13)
+
+
 def test_draws_of_a_group_are_strata_of_one_another():
     batch = Batch(**{f: getattr(batch_of(b=3), f) for f in ("x0", "cond", "utility", "valid", "key")}, place=torch.arange(3))
     _, t = DenoisingELBO(draws=8, sequence=Stratified(strata=8)).times_of(batch, 0)
