@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,6 +139,20 @@ def is_cut(x: Tensor) -> bool:
 def local(x: Tensor) -> Tensor:
     """This process's rows of a cut tensor, in the same memory and without gradient; any other tensor, detached."""
     return x.detach().to_local() if is_cut(x) else x.detach()
+
+
+def part(x: Tensor) -> tuple[int, ...]:
+    """Which rows of a cut tensor this process holds: equal where processes hold the same ones. () for any other tensor."""
+    if not is_cut(x):
+        return ()
+    return tuple(here for here, placement in zip(x.device_mesh.get_coordinate(), x.placements) if placement.is_shard())
+
+
+def copies(x: Tensor) -> int:
+    """How many processes hold the same rows of a cut tensor. 1 for any other tensor."""
+    if not is_cut(x):
+        return 1
+    return math.prod(size for size, placement in zip(x.device_mesh.shape, x.placements) if placement.is_replicate())
 
 
 def whole(x: Tensor) -> Tensor:
