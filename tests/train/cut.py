@@ -114,6 +114,7 @@ def main(folder: Path, scenarios: list[str]) -> None:
                        "plain": all(type(p) is torch.nn.Parameter for p in bank.denoiser.module.parameters())}
     if world == 4:
         found["copied"] = copied(folder, pipeline, world)
+        train(folder / "ended-cut", pipeline, "full_copies", rank=rank, world=world)
     tell(world)
     found["resumed"] = train(folder / "ended-cut", pipeline, "full", rank=rank, world=world)[1].step
     train(folder / "begun-cut", pipeline, "full", rank=rank, world=world, steps=1)

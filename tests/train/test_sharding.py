@@ -53,6 +53,7 @@ def two(one, tmp_path_factory):
 def four(one, tmp_path_factory):
     for name in set(cut.SCENARIOS) - set(QUICK):
         cut.train(one / "one", one / "pipeline", name)
+    cut.train(one / "ended-cut", one / "pipeline", "full_copies", steps=1)
     return run(tmp_path_factory.mktemp("four"), one, 4, cut.SCENARIOS)
 
 
@@ -120,6 +121,13 @@ def test_files_for_users_are_whole_also_in_checkpoints(two, name, files_of):
 def test_one_process_hands_over_to_two(two):
     assert json.loads((two / "result-0.json").read_text())["resumed"] == cut.STEPS
     assert apart(two / "ended-cut" / "full", two / "one" / "full") < 1e-6
+
+
+@pytest.mark.slow
+def test_one_process_hands_over_to_two_copies(four):
+    assert checkpoints(four / "ended-cut" / "full_copies")[-1].name == f"checkpoint-{cut.STEPS}"
+    for group in ("weights", "ema"):
+        assert apart(four / "ended-cut" / "full_copies", four / "one" / "full_copies", group) < 1e-6
 
 
 def test_two_processes_hand_over_to_one(two):
