@@ -46,7 +46,8 @@ class Online:
     """``k`` samples of the current model for each prompt, ranked by a reward; of the data set only the prompts are read, so a
     text file of prompts will do.
 
-    reward: what ranks the samples. The group's best and worst are what BestWorst pairs; equal scores give no pair.
+    reward: what ranks the samples. The group's best and worst are what BestWorst pairs; a group of equal scores, or with one
+    score alone, is left out.
     """
 
     reward: Reward
@@ -72,6 +73,13 @@ def sizes_of_samples(extra: dict[str, Tensor], k: int) -> dict[str, Tensor]:
 def _drawn(name: str, x: Tensor) -> Tensor:
     """SDXL's sizes as its pipeline has them for a picture it draws: (height, width, 0, 0, height, width) of the target."""
     return torch.cat([x[..., 4:6], torch.zeros_like(x[..., 2:4]), x[..., 4:6]], dim=-1) if name == "time_ids" else x
+
+
+def _differ(utility: Tensor) -> Tensor:
+    """[B, 1]: whether a group's known utilities tell two samples apart. A group that says nothing must not count among those
+    that a step's loss is divided by."""
+    low, high = (utility.masked_fill(~utility.isfinite(), fill) for fill in (torch.inf, -torch.inf))
+    return low.amin(1, keepdim=True) < high.amax(1, keepdim=True)
 
 
 Draw = Callable[[Cond, Tensor, tuple[int, ...]], tuple[Tensor, Tensor]]
@@ -141,7 +149,7 @@ class Sampled:
         x0, states = self._samples(batch, cond, k)
         texts = [prompt for prompt in prompts for _ in range(k)]
         utility = self.score(x0.flatten(0, 1), texts).float().view(batch.groups, k)
-        valid = utility.isfinite() & batch.valid.any(1, keepdim=True)
+        valid = utility.isfinite() & _differ(utility) & batch.valid.any(1, keepdim=True)
         batch = replace(batch, x0=x0, cond=cond, utility=utility.nan_to_num(0.0), valid=valid, soft=None)
         return batch if self.levels is None else along(batch, states, self.levels, self.spec.sampler)
 

@@ -125,7 +125,8 @@ class Stepwise:
 
     judge: what ranks the children. candidates: children of a state; best and worst are the pair. threshold: which pairs are
     kept. block: steps that every child goes on its own before it is judged; all of them become pairs (SPO for SDXL: 4, with 2
-    children). start, end: steps from a level above start or to one below end are sampled without comparison (SPO: 0.751).
+    children). start, end: steps from a level above start or to one below end are sampled without comparison (SPO: 0.752,
+    timestep 751).
     continuation: which child goes on: "random" (SPO, LPO) or "best". push: TailorPO-G's winner is moved along the judge's
     gradient by this share of the step's standard deviation (at most 0.2 keeps it typical). updates: optimizer
     steps that share a rollout; a checkpoint lies between rollouts.

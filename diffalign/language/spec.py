@@ -11,6 +11,8 @@ from .propose import OwnWords, Proposer
 from .rewriter import Rewriter
 from .select import Pairs, Score
 
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL's losses that read label_smoothing; the others take no notice
+
 
 def _positive(section: object, *names: str) -> None:
     for name in names:
@@ -86,6 +88,7 @@ class DpoSpec(Tuning):
 
     candidates: sampled a prompt. pairs: which of them are compared. beta, loss_type, loss_weights: TRL's; several losses are
     added, such as [sigmoid, bco_pair, sft] by [0.8, 0.2, 1.0] (mixed preference optimisation, arXiv 2411.10442).
+    label_smoothing: share of wrong labels, for robust, exo_pair and AOT; sigmoid would ignore it, so there is no cDPO.
     """
 
     rounds: int = 2
@@ -105,6 +108,9 @@ class DpoSpec(Tuning):
             raise ValueError("candidates must be at least 2: one has nothing to be compared with")
         if not self.loss_type or self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"loss_weights must be as many as loss_type: {len(self.loss_type)}")
+        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED):
+            raise ValueError(f"label_smoothing is ignored by TRL's {', '.join(self.loss_type)}; set it to 0, or take one of "
+                             f"{', '.join(SMOOTHED)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,7 @@ class Pairwise:
         winner, loser = ((ratio - shift) * label.scale for ratio in own)
         rows = self._both_orders(winner, loser, label.p, label.offset / (2 * beta * stretch), beta)
         rows = label.weight * (rows - _entropy(label.p) if self.less_entropy else rows)
-        metrics = {} if self.flip == "none" else {"flipped": (own[0] <= 0).float()}
+        metrics = {} if self.flip == "none" else {"flipped": (own[0] < 0).float()}
         if self.on_policy:
             weight = torch.exp(self.on_policy * self.beta * (own[0] + own[1]).detach()).clamp(max=1)
             rows, metrics["on_policy"] = rows * weight, weight

@@ -5,7 +5,7 @@ softmax weights w_u, and what lies nearer to it is preferred. Ideal points are m
 model. A new user costs K numbers, fitted on a few pairs with everything else frozen. Prototypes can change places between two
 runs, so weights of two runs must not be compared.
 
-The public code covers text and has its distance loss upside down; here a score is always higher for what is preferred.
+The public code has its distance loss upside down; here a score is always higher for what is preferred.
 """
 
 from __future__ import annotations

@@ -534,6 +534,7 @@ def test_mixed_with_real_data(share, fixed):
     if share == 0.5:
         assert mixed(P, R, 2, share, 1).tolist() == pytest.approx((0.458333, 0.541667), abs=1e-6)
         assert bound == pytest.approx(math.log(2)) and (q * np.log(q / P)).sum() == pytest.approx(0.007597, abs=1e-6)
+        assert (q / P).max() == pytest.approx(1.123106, abs=1e-6)   # at most 1 / (1 - 0.5 (2 - 1)) = 2
 
 
 def test_one_candidate_is_no_choice_and_equal_ones_keep_their_shares():

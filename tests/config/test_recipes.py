@@ -26,6 +26,7 @@ def test_the_promised_recipes_are_there():
 
 
 @pytest.mark.parametrize("name, processes, pairs", [
+    ("sd15/dpo", 16, 2048), ("sdxl/dpo", 16, 2048),
     ("sd15/smpo", 8, 1024), ("sdxl/smpo", 8, 1024), ("sd15/inpo", 8, 1024), ("sdxl/inpo", 8, 1024), ("sdxl/rankdpo", 8, 1024),
     ("sd15/seppo", 8, 2048), ("sd15/kto", 4, 4), ("sdxl/mapo_aaai", 8, 2048), ("sdxl/mapo_style", 4, 128),
     ("sdxl/mapo_safety", 4, 128), ("sd15/timestep_aware", 16, 2048), ("sdxl/timestep_aware", 16, 2048),
@@ -73,6 +74,70 @@ def test_reward_recipe(path):
     assert text.startswith(f"# diffalign train-reward {path.relative_to(ROOT)}") and len(text.splitlines()) <= 45
     local = (ROOT / recipe.backbone).exists() or recipe.backbone.startswith("runs/")   # made by the user
     assert local or re.fullmatch(r"[0-9a-f]{40}", recipe.backbone_revision or "")
+
+
+# beta, learning rate, steps, warm-up, optimizer and scheduler, by the cards' sections on hyper-parameters
+WARM = "constant_with_warmup"
+AS_PUBLISHED = {
+    "sd15/dpo": (5000, 1e-8 * 2048, 2000, 500, "adamw", WARM),
+    "sdxl/dpo": (5000, 1e-8 * 2048, 2000, 200, "adafactor", WARM),
+    "sd15/dpo_lora": (2 * 2500, 1e-5, 10_000, 0, "adamw", WARM),  # diffusers' beta has no factor 1/2
+    "sd15/inpo": (2000, 1e-8 * 1024, 400, 200, "adamw", WARM),
+    "sdxl/inpo": (5000, 1e-8 * 1024, 400, 200, "adafactor", WARM),
+    "sd15/smpo": (2000, 1e-8 * 1024, 200, 100, "adamw", WARM),
+    "sdxl/smpo": (5000, 1e-8 * 1024, 200, 100, "adafactor", WARM),
+    "sd15/kto": (5000, 1e-7, 10_000, 1000, "adamw", WARM),
+    "sd15/timestep_aware": (5000, 1e-8 * 2048, 2000, 500, "adamw", WARM),
+    "sd15/mapo": (0.1, 1e-5, 2000, 0, "adamw", "constant"),
+    "sdxl/mapo": (0.1, 1e-5, 2000, 0, "adamw", "constant"),
+    "sdxl/mapo_aaai": (8, 1e-7, 2000, 0, "adamw_8bit", "cosine"),
+    "sdxl/mapo_style": (64, 1e-7, 500, 0, "adamw_8bit", "cosine"),
+    "sdxl/mapo_safety": (64, 1e-7, 200, 0, "adamw_8bit", "cosine"),
+    "text/llada_vrpo": (0.2, 5e-7, 5469, 15, "adamw", "cosine"),  # 350,000 pairs / 64
+    "music/audioldm2_dpo": (2000, 9.6e-7, 1174, 200, "adamw", "linear"),
+    "music/ace_step_dpo": (2000, 1e-5, 2000, 100, "adamw", WARM),
+}
+
+
+@pytest.mark.parametrize("name", AS_PUBLISHED)
+def test_numbers_as_published(name):
+    recipe = load_recipe(ROOT / "configs" / f"{name}.yaml")
+    objective, train = recipe.objective, recipe.train
+    beta, rate, *rest = AS_PUBLISHED[name]
+    assert getattr(objective, "objective", objective).beta == beta and train.learning_rate == pytest.approx(rate)
+    assert [train.max_train_steps, train.lr_warmup_steps, train.optimizer, train.lr_scheduler] == rest
+    late = 0.95 if name in ("text/llada_vrpo", "music/ace_step_dpo") else 0.999
+    assert (train.adam_weight_decay, train.adam_beta1, train.adam_beta2, train.adam_epsilon) == (0.01, 0.9, late, 1e-8)
+    assert train.max_grad_norm == 1.0
+
+
+def test_parts_as_published():
+    """What makes a method that method, by its card's section 5."""
+    recipes = {name: load_recipe(ROOT / "configs" / f"{name}.yaml") for name in (
+        "sd15/inpo", "sdxl/inpo", "sd15/smpo", "sdxl/smpo", "sd15/kto", "sd15/timestep_aware", "sdxl/timestep_aware",
+        "sd15/seppo", "sdxl/rankdpo", "sd15/mapo", "text/llada_vrpo")}
+    for base, steps in (("sd15", 5), ("sdxl", 10)):
+        inpo, smpo = recipes[f"{base}/inpo"], recipes[f"{base}/smpo"]
+        assert (inpo.likelihood.noise.steps, inpo.likelihood.noise.eta) == (10, 0.1)
+        assert (smpo.likelihood.noise.steps, smpo.objective.labels.kappa) == (steps, 10)
+        assert smpo.objective.labels.temperature == pytest.approx(0.28201571106910706 - 0.11543526500463486, abs=1e-4)
+        assert inpo.data.caption_dropout == smpo.data.caption_dropout == 0.2
+    kto = recipes["sd15/kto"].objective
+    assert (kto.desirable / 2, kto.undesirable / 2) == (0.8, 0.2) and kto.utility == "sigmoid" and kto.baseline
+    for base, gate in (("sd15", 0.005), ("sdxl", 0.002)):
+        aware = recipes[f"{base}/timestep_aware"]
+        assert (aware.likelihood.times.ratio, aware.likelihood.weighting.strength) == (0.9, 1.0)
+        assert (aware.reference.every, aware.reference.gate, aware.reference.mix) == (32, gate, 1.0)
+    seppo = recipes["sd15/seppo"]
+    assert (seppo.reference.every, seppo.reference.keep, seppo.reference.pick) == (30, 7, "uniform")
+    assert seppo.objective.flip == "sign" and seppo.train.max_train_steps == 7 * 30
+    rank = recipes["sdxl/rankdpo"]
+    assert rank.train.max_train_steps == 400 and type(rank.objective.labels).__name__ == "DCG"
+    assert type(rank.objective.pairs).__name__ == "AllPairs"
+    assert (recipes["sd15/mapo"].objective.snr, recipes["sd15/mapo"].objective.horizon) == (0.5, 1000)
+    vrpo = recipes["text/llada_vrpo"]
+    assert (vrpo.likelihood.draws, vrpo.likelihood.masks_per_time, vrpo.likelihood.form) == (8, 1, "count")
+    assert vrpo.objective.sft == 0.05
 
 
 @pytest.mark.parametrize("base, rank, lr, low, high, prompts", [

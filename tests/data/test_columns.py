@@ -9,10 +9,13 @@ import sys
 
 import datasets
 import pytest
+import torch
 
 from diffalign.data.columns import Tally, files_below, normalised, read_rows
 from diffalign.data.spec import DataSpec
 from diffalign.errors import DataError
+from diffalign.objectives import AllPairs
+from diffalign.types import Batch, Cond
 
 from .toy import jsonl, pairs, picture, spec
 
@@ -93,6 +96,21 @@ def test_scored_lists_and_ranks(tmp_path):
     for bad in ([0.1, 0.2], [0.1, "x", 0.2], [1e40, 0, 1], "abc", [None, 1, 2], [10**400, 0, 1]):
         with pytest.raises(DataError, match="d.jsonl line 1: scores: "):
             read(jsonl(path, [{"prompt": "p", "images": images, "scores": bad}]))
+
+
+@pytest.mark.parametrize("ranks, pairs_of_it", [([2, 1, 3], [(0, 2), (1, 0), (1, 2)]), ([1, 1, 2], [(0, 2), (1, 2)]),
+                                                ([1, 2, 5, 3], [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (3, 2)])])
+def test_ranks_with_gaps_and_ties_are_compared(tmp_path, ranks, pairs_of_it):
+    """datasets.md check 6: (winner, loser) of HPDv2's [2, 1, 3] and of ImageReward's [1, 2, 5, 3] and [1, 1, 2]."""
+    for i in range(len(ranks)):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    images = [f"{i}.png" for i in range(len(ranks))]
+    row, = read(jsonl(tmp_path / "d.jsonl", [{"prompt": "p", "images": images, "ranks": ranks}]))
+    utility = torch.tensor([row.utility])
+    batch = Batch(x0=torch.zeros(1, len(ranks), 1), cond=Cond(), utility=utility, valid=torch.ones_like(utility).bool(),
+                  key=torch.zeros(1, 2, dtype=torch.int64))
+    _, winner, loser = AllPairs()(batch)
+    assert sorted(zip(winner.tolist(), loser.tolist(), strict=True)) == pairs_of_it
 
 
 def test_unpaired(tmp_path):

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from diffalign.data.sources import Online, Sampled, SemiPolicy
+from diffalign.objectives import KTO, BestWorst, Pairwise
 from diffalign.sampling.latents import Sampler
-from diffalign.types import Batch, Cond
+from diffalign.types import Batch, Cond, Estimate, Memory
 
 SHAPE = (2, 4)
 
@@ -84,6 +85,33 @@ def test_samples_are_ranked_and_what_cannot_be_scored_is_left_out():
     assert batch.cond.extra["time_ids"].shape == (2, 3, 6)
     assert source.k == 3 and not source.pure and source.boundary(0) and source.identity == "stored"
     assert Sampled(Stored(), Online(reward="any"), draw, score).take(0)[0].steps is None
+
+
+@pytest.mark.parametrize("scores, kept", [
+    ([1.0, 1.0, 1.0], [False] * 3), ([torch.nan, 20.0, torch.nan], [False] * 3), ([torch.nan] * 3, [False] * 3),
+    ([0.0, 0.0, 1.0], [True] * 3), ([torch.nan, 0.0, 1.0], [False, True, True])])
+def test_a_group_that_says_nothing_is_no_group(scores, kept):
+    """online_dpo.md trap 1 and check 3: ties are skipped, or they dilute the step's mean; nor is the only picture that could
+    be scored one that somebody likes."""
+    source = Sampled(Stored(), Online(reward="any", k=3), draw, lambda x0, prompts: torch.tensor(scores + [1.0, 2.0, 3.0]))
+    batch = source.take(0)[0]
+    assert batch.valid.tolist() == [kept, [True] * 3]
+    loss = Pairwise(beta=1.0, reference_free=True)(estimate(batch), batch, Memory()).per_group
+    assert loss[1] > 0 and (loss[0] > 0) == any(kept)
+    liked = KTO(beta=1.0, baseline=False)(estimate(batch), batch, Memory()).per_group
+    assert (liked[0] > 0) == any(kept)
+
+
+def test_the_worst_of_equals_is_the_first():
+    """online_dpo.md check 3: of R = (0, 0, 1, 0) the winner is 2 and the loser, by a fixed rule, 0."""
+    source = Sampled(Stored(), Online(reward="any", k=4), draw, lambda x0, prompts: torch.tensor([0.0, 0, 1, 0] * 2))
+    batch = source.take(0)[0]
+    assert [x.tolist() for x in BestWorst()(batch)] == [[0, 1], [2, 2], [0, 0]]
+
+
+def estimate(batch):
+    zero = torch.zeros_like(batch.utility)
+    return Estimate(policy=zero, reference=zero, error=zero, reference_error=zero, t=zero)
 
 
 @pytest.mark.parametrize("build, words", [

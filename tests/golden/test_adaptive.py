@@ -168,7 +168,7 @@ def test_in_the_swapped_order_the_other_one_is_the_loser(options):
 
 def test_the_share_of_flips_is_of_the_criterion():
     for scale in (0.0, 0.5, 1.0):
-        for change, flipped in ((-0.02, 0.0), (0.02, 1.0)):
+        for change, flipped in ((-0.02, 0.0), (0.02, 1.0), (0.0, 0.0)):  # at policy = reference the sign is 0, not -1
             loss, _ = loss_and_grad(Pairwise(beta=200, flip="sign", loser_scale=scale), [[change, 0.01]])
             assert loss.metrics["flipped"].item() == flipped
 

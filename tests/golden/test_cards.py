@@ -301,6 +301,73 @@ def test_dpo_check_9_overfitting_one_pair():
     assert last["margin"] == pytest.approx(-(last["win_error_change"] - last["lose_error_change"]) / 2, rel=1e-3)
 
 
+# --- online DPO and music, sections 7 and 8 --------------------------------------------------------------------------
+
+def test_online_dpo_check_1():
+    """Errors .30 | .32 and .40 | .38: changes -.02 and +.02, logit 100/2 * .04 = 2, weight sigmoid(-2) = .119203."""
+    loss, grad = loss_and_grad(Pairwise(beta=100), 0.30, 0.40, 0.32, 0.38)
+    assert loss.metrics["logit"].item() == pytest.approx(2.0) and loss.per_group.item() == pytest.approx(0.126928, abs=1e-6)
+    assert grad == pytest.approx([50 * 0.119203, -50 * 0.119203], rel=1e-5)
+    saturated, _ = loss_and_grad(Pairwise(beta=2000), 0.30, 0.40, 0.32, 0.38)
+    assert saturated.per_group.item() == pytest.approx(math.exp(-40), rel=1e-9)
+
+
+def test_online_dpo_check_6_a_flow_by_hand():
+    """x0 = 1 and -1, noise .2, t = .5: x_t = .6 and -.4, targets noise - x0 = -.8 and 1.2; at v = 0 errors .64 and 1.44.
+    dL/dv_w = (beta/4) 2 (0 + .8) = +1.6 beta/4, dL/dv_l = -(beta/4) 2 (0 - 1.2) = +2.4 beta/4."""
+    seen, v = [], torch.zeros(2, 1, requires_grad=True)
+
+    class Fixed:
+        forwards = 0
+
+        def draw(self, batch, ctx, keys, t):
+            return ctx.process.noise(batch.x0.flatten(0, 1), torch.full((2,), 0.5), torch.full((2, 1), 0.2))
+
+    def predict(name, xt, t, cond):
+        seen.append(xt)
+        return v if name == "policy" else torch.zeros(2, 1)
+
+    batch = Batch(x0=torch.tensor([[[1.0], [-1.0]]]), cond=Cond(tokens=torch.zeros(1, 1, 1)),
+                  utility=torch.tensor([[1.0, 0.0]]), valid=torch.ones(1, 2, dtype=torch.bool),
+                  key=torch.zeros(1, 2, dtype=torch.int64))
+    loss = Preference(DenoisingELBO(noise=Fixed()), Pairwise(beta=100)).loss(
+        batch, context(predict, RectifiedFlow(), Velocity()))
+    loss.per_group.sum().backward()
+    assert seen[0].flatten().tolist() == pytest.approx([0.6, -0.4])
+    assert (loss.metrics["win_error"].item(), loss.metrics["lose_error"].item()) == pytest.approx((0.64, 1.44))
+    assert loss.per_group.item() == pytest.approx(0.693147, abs=1e-6)
+    assert v.grad.flatten().tolist() == pytest.approx([25 * 1.6, 25 * 2.4])
+
+
+def test_music_checks_4_and_5_tango_and_crpo():
+    """Errors .10, .13 | .101, .1295, beta 2000: -1000 * (-.03 + .0285) = 1.5, loss .2014; CRPO adds the winner's .10."""
+    tango, _ = loss_and_grad(Pairwise(beta=2000), 0.10, 0.13, 0.101, 0.1295)
+    assert tango.metrics["logit"].item() == pytest.approx(1.5) and tango.per_group.item() == pytest.approx(0.2014, abs=5e-5)
+    crpo, _ = loss_and_grad(Regularized(objective=Pairwise(beta=2000), sft=1.0), 0.10, 0.13, 0.101, 0.1295)
+    assert crpo.per_group.item() == pytest.approx(0.3014, abs=5e-5)
+
+
+# --- VRPO's variances on a picture of one number, section 8 -----------------------------------------------------------
+
+def test_vrpo_check_4_a_shared_draw_has_41_times_less_variance():
+    """x0 = 1, alpha .6, sigma .8, predictions .8 x_t and .7 x_t: mean errors .36 and .37, Var(difference) .008768 with common
+    noise, .15303 + .21156 = .36459 with a noise each. Tolerances: four standard errors of 20,000 draws."""
+    n = 20_000
+    one = torch.ones(n, 1)
+    batch = Batch(x0=one[:, None], cond=Cond(tokens=torch.zeros(n, 1, 1)), utility=one, valid=one.bool(),
+                  key=torch.stack([torch.arange(n), torch.zeros(n, dtype=torch.int64)], 1))
+    scale = {"policy": 0.8, "reference": 0.7}
+    process = VariancePreserving(torch.tensor([0.36]))
+    est = DenoisingELBO()(batch, context(lambda name, xt, t, cond: scale[name] * xt, process), "reference")
+    apart = DenoisingELBO()(batch, context(lambda name, xt, t, cond: 0.7 * xt, process, seed=1), None)
+    shared, redrawn = -2 * est.log_ratio.double(), est.error.double() - apart.error.double()
+    assert est.error.mean().item() == pytest.approx(0.36, abs=4 * (0.15303 / n) ** 0.5)
+    assert est.reference_error.mean().item() == pytest.approx(0.37, abs=4 * (0.21156 / n) ** 0.5)
+    assert shared.mean().item() == pytest.approx(-0.01, abs=4 * (0.008768 / n) ** 0.5)
+    assert shared.var().item() == pytest.approx(0.008768, rel=0.05)
+    assert redrawn.var().item() == pytest.approx(0.36459, rel=0.08)
+
+
 # --- MaPO, section 9 -------------------------------------------------------------------------------------------------
 
 def test_mapo_check_8_one_forward_of_2b_latents():

@@ -43,6 +43,8 @@ def test_variant_aaai():
 
 
 def test_check_6_odds_are_finite_and_fall():
+    # f of check 2: s * l = 0.05 and 0.052
+    assert odds(torch.tensor([0.05, 0.052], dtype=torch.float64)).tolist() == pytest.approx([0.975208, 0.974225], abs=1e-6)
     for dtype in (torch.float32, torch.float64):
         x = torch.tensor([0, 1e-8, 1e-4, 1e-3, 0.5, 1, 50, 1000], dtype=dtype, requires_grad=True)
         y = odds(x)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffalign.likelihood import DenoisingELBO, HighNoise
+from diffalign.likelihood import DenoisingELBO, HighNoise, Simple
 from diffalign.methods import Preference
 from diffalign.objectives import Logistic, Pairwise
 from diffalign.process import (
@@ -78,6 +78,16 @@ def test_what_the_sequences_promise():
     torch.testing.assert_close(pairs.sum(1), torch.ones(2048, dtype=torch.float64))
     golden = LowDiscrepancy().draw(0, KEYS, PLACES).view(-1, 64)
     assert (torch.histc(golden[5].float(), 16, 0, 1) - 4).abs().max() <= 2  # every window covers the interval
+
+
+@pytest.mark.parametrize("sequence, line, bowl", [
+    (Random(), 1 / 24, 1 / 360), (Stratified(strata=2), 1 / 96, 1 / 360), (Antithetic(), 0.0, 1 / 180)])
+def test_variance_of_the_mean_of_two_times(sequence, line, bowl):
+    """vrpo.md 5.5, of a(t) = t and (t - 1/2)^2: variances 1/12 and 1/180, halved by two draws. A half of (0, 1) has 1/48, so
+    two strata 1/96. Mirror images make up for each other in t, and have the very same bowl: worse than two draws."""
+    t = sequence.draw(5, KEYS, PLACES).view(-1, 2)
+    assert t.mean(1).var().item() == pytest.approx(line, rel=0.13, abs=1e-12)    # 4 standard errors of 2048 pairs
+    assert (t - 0.5).square().mean(1).var().item() == pytest.approx(bowl, rel=0.13)
 
 
 def test_draws_of_a_group_are_strata_of_one_another():
@@ -158,6 +168,18 @@ def test_reward_scale_inside_the_link(scale, loss):
     assert Logistic()(c_w, c_l, 5000.0).item() == pytest.approx(loss, abs=3e-6)
 
 
+def test_reward_scale_reaches_the_logit():
+    """Card check 3 through the estimator: every pair's logit is lambda(t) times what it is without."""
+    batch, model, process = batch_of(b=64, shape=(1, 2, 2)), Linear(policy=0.3, reference=0.2), sd_process()
+    plain, scaled = (Preference(DenoisingELBO(weighting=weighting), Pairwise(beta=50)).loss(batch, context(model))
+                     .metrics["logit"] for weighting in (Simple(), HighNoise()))
+    alpha, sigma = process.coefficients(DenoisingELBO().noised(batch, context(model)).t.view(64, 2)[:, 0])
+    ends = (sigma / alpha).new_tensor([(1 / abar - 1) ** 0.5 for abar in process.alphas_cumprod[[0, -1]].tolist()])
+    scale = 1 + (sigma / alpha - ends[0]) / (ends[1] - ends[0])
+    assert scale.max() > 1.5
+    torch.testing.assert_close(scaled, scale * plain, rtol=1e-4, atol=1e-6)
+
+
 # --- inversions ------------------------------------------------------------------------------------------------------
 
 def gaussian(process, param=None):
@@ -198,6 +220,29 @@ def test_one_step_of_a_gaussian(again, factor):
     ctx = context(gaussian(process), process)
     low, high = torch.tensor([0.2]), torch.tensor([0.5])
     assert _step(ctx, torch.ones(1, 1), low, high, None, again).item() == pytest.approx(factor, abs=1e-6)
+
+
+def test_the_target_by_hand():
+    """inpo.md check 3: x0 = 1, x_t = .9, abar = .25: tau = (.9 - .5) / sqrt(.75) = .461880, and |x0 - x0(t)|^2 is three times
+    (tau - eps)^2, whatever eps is. A constant eps makes the one step from abar = .99 end at .9."""
+    process = VariancePreserving(torch.tensor([0.99, 0.25]))
+    (a, s), (a1, s1) = ((abar**0.5, (1 - abar) ** 0.5) for abar in (0.99, 0.25))
+    eps = (0.9 - a1 / a) / (s1 - a1 * s / a)
+    n = Inverted(steps=1).draw(group(), context(lambda name, xt, t, cond: torch.full_like(xt, eps), process),
+                               torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
+    assert n.xt.unique().item() == pytest.approx(0.9, abs=1e-6)
+    assert n.noise.unique().item() == pytest.approx(0.461880, abs=1e-6)
+    raw = torch.full_like(n.xt, 0.1)
+    torch.testing.assert_close((n.x0 - Eps().to_x0(raw, n)) ** 2, 3 * (n.noise - raw) ** 2)
+
+
+def test_the_released_codes_path_of_a_gaussian():
+    """inpo.md check 5: over the levels 0, 1, 101, 201, 301, 401, where the released code ends for t = 350: 0.913548 x0."""
+    process, x = sd_process(), torch.ones(1, 1)
+    ctx, levels = context(gaussian(process), process), [(i + 1) / 1000 for i in (0, 1, 101, 201, 301, 401)]
+    for low, high in zip(levels, levels[1:]):
+        x = _step(ctx, x, torch.tensor([low]), torch.tensor([high]), None, None)
+    assert x.item() == pytest.approx(0.913548, abs=2e-6)
 
 
 @pytest.mark.parametrize("param", [Eps(), V()])

@@ -142,6 +142,46 @@ def test_equal_models_give_ln_2_and_the_gradient_is_minus_half_beta_b_z():
         torch.testing.assert_close(bump.grad[step, :, 1], -expected[:, 1], rtol=1e-3, atol=1e-5)
 
 
+def moved(x_t, apart):
+    """How far the mean of the winner's step from x_t moves along ``apart`` by one descent step, both [D] or [2, D] (winner,
+    loser). The model predicts theta x, x_s - mean is ``apart``."""
+    process, theta = sd_process(), torch.tensor(0.5, requires_grad=True)
+    ctx = context(lambda name, xt, t, cond: theta * xt if name == "policy" else 0.5 * xt, process)
+    x, t, s = torch.tensor(x_t).view(-1, 2), *(process.snap(time(i)) for i in (501, 451))
+    mean, std = stochastic_step(ctx, x, 0.5 * x, t.expand(len(x)), s.expand(len(x)), "ancestral")
+    batch = Batch(x0=torch.zeros(1, 2, 2), cond=Cond(tokens=torch.zeros(1, 1, 1)), utility=torch.tensor([[1.0, 0.0]]),
+                  valid=torch.ones(1, 2, dtype=torch.bool), key=torch.zeros(1, 2, dtype=torch.int64),
+                  steps=Steps(x_t=x[None], x_s=(mean + torch.tensor(apart))[None], t=t, s=s, solver="ancestral"))
+    Preference(Transitions(), Pairwise(beta=10)).loss(batch, ctx).per_group.sum().backward()
+    after, _ = stochastic_step(ctx, x, (0.5 - 1e-2 * theta.grad) * x, t.expand(len(x)), s.expand(len(x)), "ancestral")
+    return ((after - mean)[0] * torch.tensor(apart[0])).sum().item()
+
+
+def test_a_shared_state_moves_the_mean_to_the_winner_and_two_states_may_not():
+    """tailorpo.md checks 2 and 3. From x_t = (1, 2), the children (.3, -.1) apart: x_t . (x_w - x_l) = .1 > 0, so that the
+    mean moves along the difference. From (1, 0) and (5, 0), each child .1 above its mean: 1 * .1 - 5 * .1 < 0, away from
+    the winner."""
+    assert moved([[1.0, 2.0]], [[0.15, -0.05], [-0.15, 0.05]]) > 0
+    assert moved([[1.0, 0.0], [5.0, 0.0]], [[0.1, 0.0], [0.1, 0.0]]) < 0
+
+
+def test_slope_of_a_shared_state():
+    """spo.md and lpo_lrm.md check 1 and 2: dL/df = -(beta/2)(b/(std D))(z_w - z_l), b = -.2688 at 501, std .4293."""
+    process, z = sd_process(), torch.tensor([[1.0, 0.0, -1.0, 0.5], [-0.5, 1.0, 0.0, -1.0]])
+    x, f = torch.tensor([[0.3, -0.2, 0.1, 0.4]]), torch.zeros(1, 4, requires_grad=True)
+    ctx = context(lambda name, xt, t, cond: f if name == "policy" else torch.zeros(1, 4), process)
+    t, s = (process.snap(time(i)) for i in (501, 451))
+    mean, std = stochastic_step(ctx, x, torch.zeros(1, 4), t, s, "ancestral")
+    batch = Batch(x0=torch.zeros(1, 2, 4), cond=Cond(tokens=torch.zeros(1, 1, 1)), utility=torch.tensor([[1.0, 0.0]]),
+                  valid=torch.ones(1, 2, dtype=torch.bool), key=torch.zeros(1, 2, dtype=torch.int64),
+                  steps=Steps(x_t=x[None], x_s=(mean + std * z)[None], t=t, s=s, solver="ancestral"))
+    loss = Preference(Transitions(), Pairwise(beta=10)).loss(batch, ctx).per_group
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(0.693147, abs=1e-6)
+    expected = -(10 / 2) * (-0.2688 / (0.4293 * 4)) * (z[0] - z[1])
+    torch.testing.assert_close(f.grad[0], expected, rtol=1e-3, atol=1e-4)
+
+
 def test_ties_and_wrong_paths():
     ctx, batch = sampled()
     level = replace(batch, utility=torch.ones(9, 2))

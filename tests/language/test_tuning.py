@@ -84,6 +84,14 @@ def test_losses_of_trl_where_they_start(tmp_path, names, weights, smoothing, fir
     assert losses(facts)[0] == pytest.approx(first, abs=2e-3)
 
 
+@pytest.mark.parametrize("names", [("sigmoid",), ("hinge", "sft")])
+def test_label_smoothing_that_trl_would_ignore_is_refused(names):
+    """trl_reuse.md trap 2: the run would be plain DPO, without a word."""
+    with pytest.raises(ValueError, match="label_smoothing is ignored by TRL's .*robust"):
+        DpoSpec(loss_type=names, label_smoothing=0.1)
+    assert DpoSpec(loss_type=(*names, "robust"), label_smoothing=0.1).label_smoothing == 0.1
+
+
 def test_a_killed_run_goes_on_from_the_last_checkpoint(tmp_path):
     spec = Tuning(epochs=4, learning_rate=5e-3, checkpointing_steps=3, **QUICK)
     whole = tuning.sft(rewriter(), ROWS, spec, tmp_path / "whole", seed=0, cpu=True)

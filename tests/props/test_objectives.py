@@ -3,6 +3,7 @@ inside a group and to the split into micro-batches."""
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -277,6 +278,19 @@ def test_order_inside_a_group_does_not_matter(objective):
         p = torch.randperm(4, generator=g)
         assert torch.allclose(objective(*groups(error[:, p], reference[:, p], utility[:, p]), Memory()).per_group, expected,
                               rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", [KTO(beta=0.5, baseline=False), SetContrast(beta=1)], ids=str)
+@pytest.mark.parametrize("votes", [(1, 3, 5), (2, 3, 4), (3, 4, 4, 5)])
+def test_a_picture_at_the_groups_mean_is_not_above_it(objective, votes):
+    """Shares n/5: in float32 the mean of 1/5, 3/5, 1 is 3/5 in some orders and a bit less in others. Liked, and in Y+, is what
+    is better than it: the last picture of each of these groups."""
+    c, places = torch.linspace(-0.4, 0.7, len(votes), dtype=torch.float64), range(len(votes))
+    expected = loss_of(objective, c[None], torch.tensor([[0.0] * (len(votes) - 1) + [1.0]]))
+    for order in itertools.permutations(places):
+        order = list(order)
+        found = loss_of(objective, c[None, order], torch.tensor([[votes[i] / 5 for i in order]], dtype=torch.float32))
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("link", LINKS, ids=str)
