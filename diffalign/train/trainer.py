@@ -410,7 +410,7 @@ class _Trainer:
             self._restore(self.output_dir / folder)
         if self.world.rank == 0:
             for name in ("metrics.jsonl", "timing.jsonl"):
-                truncate_log(self.output_dir / name, -1 if folder is None else self.state.step)
+                truncate_log(self.output_dir / name, self.state.step if folder else -1)  # from the start: not even step 0's
         self.world.barrier()
 
     def _find(self) -> str | None:

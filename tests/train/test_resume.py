@@ -104,8 +104,8 @@ def run_with(folder, hook):
     return toy.train(folder, source=toy.Source((2, 2)), method=Remembering(), validation=validate, hooks=[hook], **OPTIONS)
 
 
-def run_killed_at(folder, step):
-    """An exception after step ``step`` is saved, before the next one ends."""
+def run_killed_at(folder, step, **options):
+    """An exception after step ``step`` (and its checkpoint, where there is one), before the next one ends."""
     class Crash(Remembering):
         def loss(self, batch, ctx):
             if ctx.step == step:
@@ -113,26 +113,26 @@ def run_killed_at(folder, step):
             return super().loss(batch, ctx)
 
     with pytest.raises(KeyboardInterrupt):
-        toy.train(folder, source=toy.Source((2, 2)), method=Crash(), validation=validate, **OPTIONS)
+        toy.train(folder, source=toy.Source((2, 2)), method=Crash(), validation=validate, **{**OPTIONS, **options})
 
 
 def test_a_crash_between_checkpoints_drops_the_log_lines_after_it(tmp_path, uncut):
-    options = {**OPTIONS, "checkpointing_steps": 3}
     folder = tmp_path / "run"
-
-    class Crash(Remembering):
-        def loss(self, batch, ctx):
-            if ctx.step == 5:
-                raise KeyboardInterrupt
-            return super().loss(batch, ctx)
-
-    with pytest.raises(KeyboardInterrupt):
-        toy.train(folder, source=toy.Source((2, 2)), method=Crash(), validation=validate, **options)
+    run_killed_at(folder, 5, checkpointing_steps=3)
     lines = (folder / "metrics.jsonl").read_text()
     assert '"step": 4' in lines and [path.name for path in checkpoints(folder)] == ["checkpoint-3"]
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "torn')
     run(folder, checkpointing_steps=3)
+    assert (folder / "metrics.jsonl").read_text() == uncut[2]
+
+
+def test_a_crash_before_the_first_checkpoint_leaves_no_lines(tmp_path, uncut):
+    """Step 0 has been validated before, and is validated again."""
+    folder = tmp_path / "run"
+    run_killed_at(folder, 5, checkpointing_steps=STEPS)
+    assert '"step": 0' in (folder / "metrics.jsonl").read_text() and not checkpoints(folder)
+    run(folder, checkpointing_steps=STEPS)
     assert (folder / "metrics.jsonl").read_text() == uncut[2]
 
 
