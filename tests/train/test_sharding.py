@@ -138,3 +138,19 @@ def test_cutting_is_asked_for_by_accelerate_alone(monkeypatch):
     assert not is_asked()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "True")
     assert is_asked()
+
+
+def test_one_process_has_nothing_to_cut(monkeypatch, tmp_path):
+    """As accelerate is on a GPU, where it refuses to prepare a model without its optimizer; on a CPU it knows no FSDP."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    for name, value in CUT.items():
+        monkeypatch.setenv(name, value)
+    accelerator = make_accelerator(toy.spec(), tmp_path)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    with pytest.raises(ValueError, match="FSDP2"):
+        accelerator.prepare_model(toy.Net())
+    bank, summary = toy.train(tmp_path / "run", accelerator=accelerator, max_train_steps=2, checkpointing_steps=2)
+    plain, _ = toy.train(tmp_path / "plain", max_train_steps=2)
+    assert summary.step == 2 and all(torch.equal(a, b) for a, b in zip(bank.state().values(), plain.state().values()))
