@@ -293,7 +293,7 @@ class _Trainer:
     def _check_start(self) -> None:
         """Every weight set must agree with the policy before the first step; prints the loss that this gives."""
         with guard.readable_out_of_memory(self.spec, self.device):
-            batch = self.feed.take(0)[0]
+            batch = self.feed.peek(0)[0]
             loss, apart = guard.compare_sets(self.method, to_device(batch, self.device), self._context())
         raise_together(self.world, guard.disagreement_error(apart), guard.TrainingError)
         local = torch.stack([loss.per_group.sum().double(), carried(batch.valid.any(1).sum(), self.device).double()])
