@@ -536,7 +536,7 @@ def _leaf(annotation, value: object, path: str):
 
 
 def _check_read(value: object, result: object, path: str) -> None:
-    """Refuses what pydantic lets pass, in a list or mapping as well: switches and texts for numbers, numbers without an end."""
+    """Refuses what pydantic lets pass, in lists and mappings too: switches and texts for numbers, numbers without an end."""
     if isinstance(result, (tuple, dict)):
         for name, item in result.items() if isinstance(result, dict) else enumerate(result):
             _check_read(value[name], item, f"{path}.{name}")

@@ -30,10 +30,10 @@ from ..language.rewriter import Rewriter, Writer
 from ..language.spec import RewriterSpec
 from ..language.studio import Asked, Studio, read_asked
 from ..train import make_accelerator
-from ..train.checkpoint import check_writable
+from ..train.checkpoint import check_writable, claimed
 from ..train.spec import TrainSpec
 from ..world import World, on_first, world_of
-from .build import claimed, identities, versions
+from .build import identities, versions
 from .words import Printer, silent
 
 POOL, TARGETS, PAIRS, STAGE, FACTS, REWRITTEN = ("texts.jsonl", "sft.jsonl", "pairs.jsonl", "stage.json", "rewriter.json",

@@ -157,12 +157,11 @@ def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accele
     if isinstance(recipe.likelihood, LatentScores):  # before training it knows nothing: validation_start has the figure
         return None if after is None else after.tree()
     has_base = _base_set(method, bank) is not None
-    before = None if has_base or after is None else _likelihood_before(recipe, bank, cache, accelerator)
+    before = None if has_base or after is None else _likelihood_before(recipe, cache, accelerator)
     return None if after is None else before_and_after(after, before)
 
 
-def _likelihood_before(recipe: Recipe, bank: WeightBank, cache, accelerator):
+def _likelihood_before(recipe: Recipe, cache, accelerator):
     """Where training kept no base to measure: read it again, once, after training, to compute as the policy does."""
-    del bank
     base = WeightBank.build(parts.base_of(recipe, accelerator), recipe.model.lora, reads=("policy",), seed=recipe.seed)
     return _measure(recipe, parts.method_of(recipe), base, cache, accelerator)

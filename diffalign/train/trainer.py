@@ -447,7 +447,7 @@ class _Trainer:
         self.state = RunState(**{name: saved[name] for name in same}, memory=memory, window=Window(saved["window"]),
                               learning_rate=self.rate(saved["step"] - 1))
         if saved["config"] == self.config:  # who resumes with other options wants to go on
-            self.state.stopped = saved.get("stopped")
+            self.state.stopped = saved["stopped"]
         self.saved_step = saved["step"]
 
     # small helpers
