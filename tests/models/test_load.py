@@ -206,6 +206,12 @@ def test_hub_id_is_downloaded_once_checked(monkeypatch, folder):
     assert len(asked) == 1
 
 
+def test_a_repository_that_holds_no_pipeline(monkeypatch, tmp_path):
+    """The hub's client names a folder that it has not made where no file matches."""
+    monkeypatch.setattr(loading, "download", lambda *_: tmp_path / "nothing")
+    refused("owner/no-pipeline", "no model_index.json", "whole pipeline")
+
+
 def test_the_hub_is_asked_once_in_a_process(monkeypatch, folder):
     """For the index and for the rest, whoever looks at the model how often; a refusal is not remembered."""
     import huggingface_hub
