@@ -311,7 +311,7 @@ def parse_yaml(text: str, where: str) -> object:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ConfigError(f"{where}: {line}{error.problem or 'not valid YAML'}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not valid YAML ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"{where}: not valid YAML ({first_line(error)})") from None
 
 
 def read_yaml(path: Path) -> dict:

@@ -306,6 +306,6 @@ def _write_rows(path: Path, rows: Sequence[dict]) -> None:
 
 def _read_rows(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); run `diffalign prompts evolve` again") from None
