@@ -400,7 +400,8 @@ class _Trainer:
                    "validation_start": state.validation_start, "validation_end": state.validation_end,
                    "validated": state.validated, "stopped": state.stopped, **numbers,
                    "scaler": None if scaler is None else scaler.state_dict(), "config": self.config,
-                   "identity": self.identity, "groups_per_step": self.groups_per_step}
+                   "identity": self.identity, "groups_per_step": self.groups_per_step, "initial_loss": self.initial_loss,
+                   "recent": list(self.recent.reports)}
         checkpoint.save(self.output_dir, state.step, tensors, numbers, keep=self.spec.checkpoints_total_limit, export=export)
 
     def _resume(self) -> None:
@@ -449,6 +450,8 @@ class _Trainer:
         if saved["config"] == self.config:  # who resumes with other options wants to go on
             self.state.stopped = saved["stopped"]
         self.saved_step = saved["step"]
+        self.initial_loss = saved.get("initial_loss")  # see checkpoint.NEWER_KEYS
+        self.recent.reports.extend(saved.get("recent", ()))
 
     # small helpers
 

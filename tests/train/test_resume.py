@@ -96,7 +96,7 @@ def test_resume_is_bit_equal_at_every_step(tmp_path, uncut, cut):
     assert source.taken == list(range(cut, STEPS))  # the data go on where they stopped
     assert_same(contents(folder), uncut[1])
     assert (folder / "metrics.jsonl").read_text() == uncut[2]
-    assert summary.validation_start == uncut[3].validation_start and summary.validation_end == uncut[3].validation_end
+    assert replace(summary, seconds=0) == replace(uncut[3], seconds=0)
 
 
 def run_with(folder, hook):
@@ -139,7 +139,7 @@ def test_a_crash_before_the_first_checkpoint_leaves_no_lines(tmp_path, uncut):
 def test_another_split_of_the_same_batch_may_resume(tmp_path):
     toy.train(tmp_path, max_train_steps=5)
     _, summary = toy.train(tmp_path, max_train_steps=10, train_batch_size=1, gradient_accumulation_steps=4)
-    assert summary.step == 10 and summary.initial_loss is None
+    assert summary.step == 10 and summary.initial_loss == pytest.approx(np.log(2), abs=1e-6)
 
 
 def test_a_longer_run_of_a_constant_schedule_equals_the_uncut_one(tmp_path):
@@ -160,7 +160,7 @@ def test_a_finished_run_stays_finished(tmp_path):
     again, second = toy.train(tmp_path, ema_decay=0.9, validation=validate, source=source)
     assert source.taken == [] and second.step == first.step == 10
     assert (tmp_path / "metrics.jsonl").read_text() == lines
-    assert second.validation_end == first.validation_end and second.validation_start == first.validation_start
+    assert replace(second, seconds=0) == replace(first, seconds=0) and first.metrics and first.initial_loss
     for name, p in again.trainable().items():
         assert torch.equal(p, bank.trainable()[name])
 
