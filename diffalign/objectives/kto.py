@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import Batch, Estimate, Loss, Memory
-from .pairs import above_mean
 
 BASELINE = "kto_gain"
 
@@ -18,7 +17,8 @@ BASELINE = "kto_gain"
 def _liked(batch: Batch) -> tuple[Tensor, Tensor]:
     """[B, K] bool each: who is liked, and of whom the data says anything."""
     count = batch.valid.sum(1, keepdim=True)
-    liked = torch.where(count > 1, above_mean(batch), batch.utility > 0)
+    mean = (batch.utility * batch.valid).sum(1, keepdim=True) / count.clamp(min=1)
+    liked = batch.utility > torch.where(count > 1, mean, 0.0)
     low, high = (batch.utility.masked_fill(~batch.valid, fill) for fill in (torch.inf, -torch.inf))
     # not "unlike the mean": that of three times 0.11 is not 0.11
     differ = (count == 1) | (low.amin(1, keepdim=True) < high.amax(1, keepdim=True))

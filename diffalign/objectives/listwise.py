@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..types import Batch, Estimate, Loss, Memory
-from .pairs import above_mean
 
 
 def _scores(est: Estimate, batch: Batch, beta: float) -> Tensor:
@@ -70,7 +69,7 @@ class SetContrast:
         count = batch.valid.sum(1, keepdim=True).clamp(min=1)
         mean = (batch.utility * batch.valid).sum(1, keepdim=True) / count
         scores = _scores(est, batch, self.beta) + self.alpha * (batch.utility - mean).abs()
-        positive = above_mean(batch)
+        positive = (batch.utility > mean) & batch.valid
         keep = positive.any(1)
         everything = torch.where(keep[:, None], scores, 0.0).logsumexp(1)
         chosen = torch.where(positive | ~keep[:, None], torch.where(keep[:, None], scores, 0.0), -torch.inf).logsumexp(1)

@@ -13,21 +13,10 @@ from torch import Tensor
 
 from ..types import Batch, carried
 
-ROUNDING = 1e-6  # share of a group's spread
 
 def beside(batch: Batch, *indices: Tensor) -> tuple[Tensor, ...]:
     """Indices on the batch's device, without waiting."""
     return tuple(carried(index, batch.utility.device) for index in indices)
-
-
-def above_mean(batch: Batch) -> Tensor:
-    """[B, K] bool: valid candidates better than their group's mean. One that lies on it, up to rounding, is not: vote shares
-    of 1/5, 3/5 and 1 have a mean of 3/5 or a bit less in float32, as their order has it."""
-    utility = batch.utility.double()
-    mean = (utility * batch.valid).sum(1, keepdim=True) / batch.valid.sum(1, keepdim=True).clamp(min=1)
-    low, high = (utility.masked_fill(~batch.valid, fill) for fill in (torch.inf, -torch.inf))
-    spread = (high.amax(1, keepdim=True) - low.amin(1, keepdim=True)).clamp(min=0)
-    return (utility - mean > ROUNDING * spread) & batch.valid
 
 
 @dataclass(frozen=True)

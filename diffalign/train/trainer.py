@@ -127,6 +127,8 @@ class _Trainer:
         self.bank.denoiser.module.train()
         if self.sharded:
             self.bank.shard(sharding.cutter(self.device, self.world.size), sharding.forget_gathered)
+        elif sharding.is_asked():  # one process has nothing to cut, and accelerate wraps no single model for FSDP2
+            self.bank.denoiser.module.to(self.device)
         else:
             self.bank.denoiser.module = self.accelerator.prepare_model(self.bank.denoiser.module)
         self.params = self.bank.trainable()
