@@ -311,7 +311,7 @@ def parse_yaml(text: str, where: str) -> object:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ConfigError(f"{where}: {line}{error.problem or 'not valid YAML'}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not valid YAML ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"{where}: not valid YAML ({first_line(error)})") from None
 
 
 def read_yaml(path: Path) -> dict:
@@ -527,19 +527,28 @@ def _is_option(annotation) -> bool:
 
 def _leaf(annotation, value: object, path: str):
     try:
-        result = TypeAdapter(annotation).validate_python(value, strict=False if isinstance(value, list) else None)
+        result = TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
         problems = [problem["msg"][0].lower() + problem["msg"][1:] for problem in error.errors()]
-        raise ConfigError(f"{path}: {', or '.join(dict.fromkeys(problems))}, got {_show(value)}") from None
-    if isinstance(value, bool) and not isinstance(result, bool) or isinstance(result, bool) and not isinstance(value, bool):
-        raise ConfigError(f"{path}: expected {_words(annotation)}, got {_show(value)}")
+        raise ConfigError(f"{path}: {', '.join(dict.fromkeys(problems))}, got {_show(value)}") from None
+    _check_read(value, result, path)
+    return result
+
+
+def _check_read(value: object, result: object, path: str) -> None:
+    """Refuses what pydantic lets pass, in lists and mappings too: switches and texts for numbers, numbers without an end."""
+    if isinstance(result, (tuple, dict)):
+        for name, item in result.items() if isinstance(result, dict) else enumerate(result):
+            _check_read(value[name], item, f"{path}.{name}")
+        return
+    if isinstance(value, bool) != isinstance(result, bool):
+        raise ConfigError(f"{path}: expected {type(result).__name__}, got {_show(value)}")
     if isinstance(value, str) and isinstance(result, (int, float)):
-        raise ConfigError(f"{path}: expected {_words(annotation)}, got the text {_show(value)}")
-    if any(not _is_text(item) for item in (result if isinstance(result, tuple) else (result,)) if isinstance(item, str)):
+        raise ConfigError(f"{path}: expected {type(result).__name__}, got the text {_show(value)}")
+    if isinstance(result, str) and not _is_text(result):
         raise ConfigError(f"{path}: holds a zero or bytes that are not UTF-8 text, got {ascii(value)[:60]}")
     if isinstance(result, float) and not math.isfinite(result):
         raise ConfigError(f"{path}: must be a finite number, got {_show(value)}")
-    return result
 
 
 def _is_text(value: str) -> bool:

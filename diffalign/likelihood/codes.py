@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import Batch, Estimate
+from .base import shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class CodeLikelihood:
         against: as in ``DenoisingELBO``. anchor: estimated is KL(policy || that set) over the whole vocabulary at every code,
         in nats per clip: MusicRL's penalty (arXiv 2402.04229), on the clip at hand.
         """
-        against = {against: 1.0} if isinstance(against, str) else dict(against or {})
+        against = shares(against)
         columns = ctx.process(batch.x0.flatten(0, 1))
         sets = dict.fromkeys((*against, *filter(None, (anchor,)), "policy"))
         logits = {name: self._logits(ctx, name, columns, batch) for name in sets}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..process import NoisePlan, Random, Sequence, Shared, Times, Uniform, draw_keys
 from ..types import Batch, Estimate, Noised
+from .base import shares
 from .weighting import Simple, Weighting
 
 
@@ -41,7 +42,7 @@ class DenoisingELBO:
         against: name of the reference weight set, or several with shares that sum to 1, which stand for their geometric mean;
         None or empty for no reference. anchor: weight set whose distance from the policy is estimated, or None.
         """
-        against = {against: 1.0} if isinstance(against, str) else dict(against or {})
+        against = shares(against)
         noised = self.noised(batch, ctx)
         cond = batch.cond.rows(batch.k, self.draws)
         live = against if batch.reference_error is None else {}
@@ -115,4 +116,3 @@ def implied_nats(beta: float, elements: int) -> dict[str, float]:
     paper's, sum-reduced.
     """
     return {"kappa": beta / 2, "beta_eq14": beta / (2 * elements), "beta_eq46": beta / elements}
-

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..process import Random, Sequence, candidate_keys, draw_keys
 from ..types import Batch, Estimate, Masked
+from .base import shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class MaskedELBO:
         against: as in ``DenoisingELBO``. anchor: estimated is KL(policy || that set) over the masked tokens, weighted like the
         bound, in nats per answer.
         """
-        against = {against: 1.0} if isinstance(against, str) else dict(against or {})
+        against = shares(against)
         masked = self.masked(batch, ctx)
         sets = dict.fromkeys((*against, *filter(None, (anchor,)), "policy"))
         logits = {name: self.predict(ctx, name, masked, batch) for name in sets}

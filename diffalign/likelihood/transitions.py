@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..process.solver import guided, stochastic_step
 from ..types import Batch, Cond, Estimate
+from .base import shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Transitions:
         steps = batch.steps
         if steps is None:
             raise ValueError("transitions need the step of every candidate: a batch with steps")
-        against = {against: 1.0} if isinstance(against, str) else dict(against or {})
+        against = shares(against)
         states = steps.x_t.shape[1]  # 1 where the candidates share it
         x, cond = steps.x_t.flatten(0, 1), _some(batch.cond, states).rows(states)
         empty = None if steps.unconditional is None else _some(steps.unconditional, states).rows(states)

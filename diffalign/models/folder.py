@@ -68,6 +68,8 @@ def read_folder(path: Path, name: str, variant: str | None = None) -> Folder:
 
 
 def _hint(path: Path) -> str:
+    if not path.is_dir():  # of a hub id, where no file was of the name that was asked for
+        return "Name a repository that holds a whole pipeline"
     inside = sorted(p.name for p in path.iterdir())
     if "config.json" in inside and "tokenizer.json" in inside:
         return "A masked diffusion language model (LLaDA) is trained with likelihood.kind=masked"

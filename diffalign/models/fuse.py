@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from .folder import check_weights
 from .lora import STEM, adapter_layers
 
@@ -78,8 +78,7 @@ def fuse(adapter: type[Adapter], module: nn.Module, file: Path) -> None:
             raise ValueError("holds nothing for this model")
         module.fuse_lora(safe_fusing=True)  # raises on NaN
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"model.fuse_lora: {file}: cannot be fused into this model ({reason})") from error
+        raise ModelError(f"model.fuse_lora: {file}: cannot be fused into this model ({first_line(error)})") from error
     module.unload_lora()
     module.requires_grad_(True)  # as it was loaded: peft freezes the base
 

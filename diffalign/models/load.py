@@ -10,6 +10,7 @@ import shutil
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
@@ -326,13 +327,20 @@ def _weight_patterns(variant: str | None) -> tuple[str, ...]:
 def download(name: str, revision: str | None, patterns: list[str]) -> Path:
     """Files of a hub repository -> its folder in the cache. Raises ModelError, one line, also when offline.
 
-    A hub that cannot be reached is asked once; its client by itself would ask for half a minute.
+    Asked for once in a process: a command looks at its model some twenty times, and all parts should be of one commit.
     """
+    return _downloaded(name, revision, tuple(patterns))
+
+
+@lru_cache(maxsize=64)
+def _downloaded(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """A hub that cannot be reached is asked once; its client by itself would ask for half a minute."""
     from huggingface_hub import snapshot_download
 
     problem = unreachable("model", name, revision)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=problem is not None))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns),
+                                      local_files_only=problem is not None))
     except Exception as error:   # of whichever HTTP library the hub's client uses in this version
         at, problem = f" at revision {revision}" if revision else "", problem or first_line(error)
         raise ModelError(f"{name}: no such folder here, and the hub did not give it{at} ({problem}); check the path, the "

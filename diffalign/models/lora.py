@@ -46,7 +46,7 @@ def attach(denoiser: Denoiser, lora: LoRA, *, seed: int) -> None:
         try:
             _add(module, config)
         except ValueError as error:
-            raise ConfigError(f"model.lora.target_modules: {targets} cannot all carry a LoRA ({str(error).splitlines()[0]}); "
+            raise ConfigError(f"model.lora.target_modules: {targets} cannot all carry a LoRA ({first_line(error)}); "
                               f"the family's default is {list(denoiser.lora_targets)}") from error
     for parameter in trained(module).values():
         parameter.data = parameter.data.float()

@@ -44,8 +44,7 @@ class PlackettLuce:
         field = ((utility[:, None, :] < utility[:, :, None]) | own) & batch.valid[:, None, :]  # [B, k, i]: i still in the race
         rest = torch.where(field, scores[:, None, :], -torch.inf).logsumexp(2)
         keep = batch.valid & (field.sum(2) > 1)
-        rows = torch.where(keep, rest - scores, 0.0)
-        return Loss(per_group=torch.where(keep, rows, 0.0).sum(1), metrics=_logits(scores))
+        return Loss(per_group=torch.where(keep, rest - scores, 0.0).sum(1), metrics=_logits(scores))
 
 
 @dataclass(frozen=True, kw_only=True)

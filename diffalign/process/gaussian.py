@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from .parameterization import like
 
 
 class _Gaussian:
-    """Noising shared by both processes; subclasses own the coefficients."""
+    """Noising shared by all processes; subclasses own the coefficients."""
 
     def noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Noised:
         """x0, eps: [N, *S]; t: [N] -> Noised in float32."""
@@ -84,7 +84,7 @@ class RectifiedFlow(_Gaussian):
 
     t_min: float = 1e-3
     timestep_scale: float = 1000.0
-    steps: int = field(default=1000)
+    steps: int = 1000
 
     def snap(self, t: Tensor) -> Tensor:
         return t.float().clamp(self.t_min, 1 - self.t_min)
@@ -113,7 +113,7 @@ class Trigonometric(_Gaussian):
     """
 
     t_min: float = 1e-3
-    steps: int = field(default=1000)
+    steps: int = 1000
 
     def snap(self, t: Tensor) -> Tensor:
         return t.float().clamp(self.t_min, 1 - self.t_min)

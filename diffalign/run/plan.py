@@ -4,6 +4,7 @@ the meta device and its operations and bytes are counted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,8 +127,10 @@ class _Plan:
     def __init__(self, recipe: Recipe, gpus: int = 1):
         _refuse(recipe)
         name = recipe.model.pretrained_model_name_or_path
-        if Path(name).exists():
+        if os.path.isdir(os.path.expanduser(name)):
             folder, adapter = inspect(replace(recipe.model, fuse_lora=None))
+            if adapter.audio:
+                raise ConfigError("model: `diffalign plan` is not for audio; it counts models of pictures")
             self.layout = adapter.family, folder.config(adapter.component), folder.config("scheduler")
             source = "its folder"
         elif name in MODELS:

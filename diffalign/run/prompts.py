@@ -30,10 +30,10 @@ from ..language.rewriter import Rewriter, Writer
 from ..language.spec import RewriterSpec
 from ..language.studio import Asked, Studio, read_asked
 from ..train import make_accelerator
-from ..train.checkpoint import check_writable
+from ..train.checkpoint import check_writable, claimed
 from ..train.spec import TrainSpec
 from ..world import World, on_first, world_of
-from .build import claimed, identities, versions
+from .build import identities, versions
 from .words import Printer, silent
 
 POOL, TARGETS, PAIRS, STAGE, FACTS, REWRITTEN = ("texts.jsonl", "sft.jsonl", "pairs.jsonl", "stage.json", "rewriter.json",
@@ -306,6 +306,6 @@ def _write_rows(path: Path, rows: Sequence[dict]) -> None:
 
 def _read_rows(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); run `diffalign prompts evolve` again") from None

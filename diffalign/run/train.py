@@ -54,14 +54,15 @@ def train(recipe: Recipe, printer: Printer = silent) -> dict:
     for line in derived(recipe, source, accelerator.num_processes):
         say(line)
     hooks = [_ResolvedConfig(recipe)] if accelerator.is_main_process else []
-    known = {}  # the reference's errors on held-out pairs, at every validation the same
+    known, looked = {}, {}  # the reference's errors on held-out pairs, at every validation the same; validations by step
     summary = fit(hooks=hooks, method=method, bank=bank, source=source, spec=recipe.train, seed=recipe.seed,
                   output_dir=output_dir, config=as_tree(recipe), accelerator=accelerator, identity=parts.identity_of(recipe),
                   metadata=_metadata(recipe), monitor=None if recipe.monitor is None else Monitor(recipe, accelerator),
-                  validation=None if heldout is None else _validation(recipe, method, heldout, accelerator, known))
+                  validation=None if heldout is None else _validation(recipe, method, heldout, accelerator, known, looked))
     facts = {**dataclasses.asdict(summary), "pairs": source.groups, "objective": method_name(recipe), "base": base,
              "encode_seconds": encode_seconds, "wall_seconds": time.monotonic() - started, "seed": recipe.seed,
-             "heldout": None if heldout is None else _heldout(recipe, method, bank, heldout, accelerator, known)}
+             "heldout": None if heldout is None else _heldout(recipe, method, bank, heldout, accelerator, known, looked,
+                                                              summary.step)}
     if accelerator.is_main_process:
         _finish(recipe, bank, facts)
     say(f"done: {output_dir} ({summary.step} steps, {summary.seconds:.0f} s of training)"
@@ -119,9 +120,9 @@ def _metadata(recipe: Recipe) -> dict[str, str]:
 
 # --- held-out preference accuracy ---
 
-def _validation(recipe: Recipe, method: Preference, cache, accelerator, known: dict) -> Callable:
+def _validation(recipe: Recipe, method: Preference, cache, accelerator, known: dict, looked: dict) -> Callable:
     def measure(bank, step: int) -> dict[str, float]:
-        found = _measure(recipe, method, bank, cache, accelerator, known)
+        looked[step] = found = _measure(recipe, method, bank, cache, accelerator, known)
         return {} if found is None else found.figures()  # single pictures make no pair
     return measure
 
@@ -152,17 +153,21 @@ def _base_set(method: Preference, bank: WeightBank) -> str | None:
     return "reference" if "reference" in bank.names and not bank.rule.moves else None
 
 
-def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator, known: dict) -> dict | None:
-    after = _measure(recipe, method, bank, cache, accelerator, known)
+def _heldout(recipe: Recipe, method: Preference, bank: WeightBank, cache, accelerator, known: dict, looked: dict,
+             step: int) -> dict | None:
+    """For train.json. What a validation has measured is not measured again; of a resumed run some is missing."""
+    after = looked[step] if step in looked else _measure(recipe, method, bank, cache, accelerator, known)
     if isinstance(recipe.likelihood, LatentScores):  # before training it knows nothing: validation_start has the figure
         return None if after is None else after.tree()
-    has_base = _base_set(method, bank) is not None
-    before = None if has_base or after is None else _likelihood_before(recipe, bank, cache, accelerator)
-    return None if after is None else before_and_after(after, before)
+    if after is None:
+        return None
+    before = None
+    if _base_set(method, bank) is None:
+        before = looked[0] if 0 in looked else _likelihood_before(recipe, cache, accelerator)
+    return before_and_after(after, before)
 
 
-def _likelihood_before(recipe: Recipe, bank: WeightBank, cache, accelerator):
+def _likelihood_before(recipe: Recipe, cache, accelerator):
     """Where training kept no base to measure: read it again, once, after training, to compute as the policy does."""
-    del bank
     base = WeightBank.build(parts.base_of(recipe, accelerator), recipe.model.lora, reads=("policy",), seed=recipe.seed)
     return _measure(recipe, parts.method_of(recipe), base, cache, accelerator)

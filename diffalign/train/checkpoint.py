@@ -29,6 +29,7 @@ SLACK = 1 << 20  # bytes for state.json, the manifest and the file system's own 
 STATE_KEYS = ("format", "step", "samples", "updates", "seconds", "memory", "window", "validation_start",
               "validation_end", "validated", "optimizer", "ema", "scaler", "config", "identity", "groups_per_step",
               "stopped")
+NEWER_KEYS = ("initial_loss", "recent")  # for the summary alone; checkpoints of older versions lack them
 
 Groups = dict[str, dict[str, Tensor]]  # file name without suffix -> tensors by name
 

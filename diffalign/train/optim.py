@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -70,15 +70,24 @@ def set_learning_rate(optimizer, value: float) -> None:
 
 def optimizer_state(optimizer, params: Params) -> tuple[dict[str, Tensor], dict[str, dict]]:
     """Tensors as ``parameter/entry`` and plain numbers as {parameter: {entry: value}}; step counts are exact in both."""
-    tensors, scalars = {}, {}
+    tensors, scalars, names = {}, {}, list(params)
     for index, entries in optimizer.state_dict()["state"].items():
-        name = list(params)[index]
-        for key, value in entries.items():
+        name = names[index]
+        for key, value in _flat(entries):
             if isinstance(value, Tensor):
                 tensors[f"{name}/{key}"] = value
             else:
                 scalars.setdefault(name, {})[key] = value
     return tensors, scalars
+
+
+def _flat(entries: dict) -> Iterator[tuple[str, object]]:
+    """bitsandbytes hands out its quantised entries as a dictionary inside (0.50 does), and takes them back without."""
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield key, value
 
 
 def load_optimizer_state(optimizer, params: Params, tensors: dict[str, Tensor], scalars: dict[str, dict]) -> None:

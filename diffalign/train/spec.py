@@ -17,12 +17,12 @@ class TrainSpec:
     ema_decay: null keeps no moving average. report_to: accelerate's tracker names; metrics.jsonl is always written.
     resume: "auto" continues from the newest valid checkpoint in output_dir, "never" refuses to touch an old run.
     validation_steps: every how many steps the held-out preference accuracy is measured (0: only at both ends).
-    dataloader_num_workers: above 0, the next step's batches are read in a thread meanwhile. allow_change: recipe keys that
-    may differ from the checkpoint's on resume, such as ("train.learning_rate",). gradient_checkpointing: true keeps the
-    inputs of blocks and runs the blocks again in the backward pass; selective also keeps what attention and convolutions
-    gave (diffusers' UNets and transformers). compile: torch.compile of the transformer blocks, a minute or more at the
-    start; where it does not work, or with auto is no faster, the run says so and goes on without. A clock decides auto, so
-    that a run and its resumption may differ in the last bits.
+    dataloader_num_workers: above 0, a thread takes the next step's batches meanwhile and pins them for the GPU; what lies on
+    disk is read ahead in any case. allow_change: recipe keys that may differ from the checkpoint's on resume, such as
+    ("train.learning_rate",). gradient_checkpointing: true keeps the inputs of blocks and runs the blocks again in the
+    backward pass; selective also keeps what attention and convolutions gave (diffusers' UNets and transformers). compile:
+    torch.compile of the transformer blocks, a minute or more at the start; where it does not work, or with auto is no faster,
+    the run says so and goes on without. A clock decides auto, so that a run and its resumption may differ in the last bits.
     """
 
     max_train_steps: int = 1000

@@ -65,9 +65,9 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What ``fit`` returns. initial_loss: mean loss of the first micro-batch before any step, None on a resumed run.
-    metrics: means of the last steps. validation_start, validation_end: what ``validation`` returned at both ends.
-    stopped: why a monitor ended the run before its last step, else None."""
+    """What ``fit`` returns, resumed or not. initial_loss: mean loss of the first micro-batch before any step (None where a
+    checkpoint of an older version does not say). metrics: means of the last steps. validation_start, validation_end: what
+    ``validation`` returned at both ends. stopped: why a monitor ended the run before its last step, else None."""
 
     step: int
     samples: int

@@ -295,7 +295,7 @@ class _Trainer:
     def _check_start(self) -> None:
         """Every weight set must agree with the policy before the first step; prints the loss that this gives."""
         with guard.readable_out_of_memory(self.spec, self.device):
-            batch = self.feed.take(0)[0]
+            batch = self.feed.peek(0)[0]
             loss, apart = guard.compare_sets(self.method, to_device(batch, self.device), self._context())
         raise_together(self.world, guard.disagreement_error(apart), guard.TrainingError)
         local = torch.stack([loss.per_group.sum().double(), carried(batch.valid.any(1).sum(), self.device).double()])
@@ -402,7 +402,8 @@ class _Trainer:
                    "validation_start": state.validation_start, "validation_end": state.validation_end,
                    "validated": state.validated, "stopped": state.stopped, **numbers,
                    "scaler": None if scaler is None else scaler.state_dict(), "config": self.config,
-                   "identity": self.identity, "groups_per_step": self.groups_per_step}
+                   "identity": self.identity, "groups_per_step": self.groups_per_step, "initial_loss": self.initial_loss,
+                   "recent": list(self.recent.reports)}
         checkpoint.save(self.output_dir, state.step, tensors, numbers, keep=self.spec.checkpoints_total_limit, export=export)
 
     def _resume(self) -> None:
@@ -412,7 +413,7 @@ class _Trainer:
             self._restore(self.output_dir / folder)
         if self.world.rank == 0:
             for name in ("metrics.jsonl", "timing.jsonl"):
-                truncate_log(self.output_dir / name, -1 if folder is None else self.state.step)
+                truncate_log(self.output_dir / name, self.state.step if folder else -1)  # from the start: not even step 0's
         self.world.barrier()
 
     def _find(self) -> str | None:
@@ -449,8 +450,10 @@ class _Trainer:
         self.state = RunState(**{name: saved[name] for name in same}, memory=memory, window=Window(saved["window"]),
                               learning_rate=self.rate(saved["step"] - 1))
         if saved["config"] == self.config:  # who resumes with other options wants to go on
-            self.state.stopped = saved.get("stopped")
+            self.state.stopped = saved["stopped"]
         self.saved_step = saved["step"]
+        self.initial_loss = saved.get("initial_loss")  # see checkpoint.NEWER_KEYS
+        self.recent.reports.extend(saved.get("recent", ()))
 
     # small helpers
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import pytest
 import torch
@@ -105,6 +106,20 @@ def test_the_python_api_does_the_same(done, small, tmp_path):
     facts = diffalign.run.train(recipe, printer=lines.append)
     assert same(lora(tmp_path), lora(done))
     assert facts["step"] == 4 and any("kappa" in line for line in lines)
+
+
+def test_heldout_figures_are_the_validations(small, tmp_path, monkeypatch):
+    """Nothing is measured twice; where the run was over before, both ends are measured anew and are the same."""
+    module, steps = import_module("diffalign.run.train"), []
+    real = module._measure
+    monkeypatch.setattr(module, "_measure", lambda *args: steps.append(1) or real(*args))
+    recipe = diffalign.load_recipe(small(tmp_path, objective={"kind": "mapo"},
+                                         train={"max_train_steps": 2, "validation_steps": 1}))
+    first = diffalign.run.train(recipe)
+    assert len(steps) == 3  # at steps 0, 1 and 2
+    again = diffalign.run.train(recipe)
+    assert len(steps) == 3 + 2
+    assert again["heldout"] == first["heldout"] and first["heldout"]["before"] is not None
 
 
 def test_accumulation_does_not_matter(done, small, tmp_path):

@@ -121,6 +121,14 @@ def test_what_it_cannot_plan(capsys, words, message):
     assert message in error and len(error.splitlines()) == 1
 
 
+def test_audio_is_refused(tmp_path, capsys):
+    from ..models import tiny_audio
+
+    tiny_audio.make(tmp_path / "pipeline")
+    assert main(["plan", TINY, f"model.pretrained_model_name_or_path={tmp_path / 'pipeline'}"]) == 2
+    assert "model: `diffalign plan` is not for audio" in capsys.readouterr().err
+
+
 MEASURE = """
 import sys
 from diffalign.config import load_recipe

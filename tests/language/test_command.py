@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import import_module
 
 import pytest
 
@@ -34,6 +35,14 @@ def trained(tmp_path_factory):
         facts = {action: run.prompts(task(folder, action, f"inputs={folder / 'heldout.jsonl'}"), printer=said.append)
                  for action in ("evolve", "train", "rewrite")}
     return folder, facts, said
+
+
+def test_a_prompt_may_hold_what_other_files_end_lines_with(tmp_path):
+    """U+2028, U+0085 and the like stand as they are in JSON, whose lines end with a newline alone."""
+    module = import_module("diffalign.run.prompts")
+    written = [{"prompt": "a\u2028b\x85c\x1cd", "text": "e"}, {"prompt": "f", "text": "g\u2029"}]
+    module._write_rows(tmp_path / "rows.jsonl", written)
+    assert module._read_rows(tmp_path / "rows.jsonl") == written
 
 
 def test_the_whole_way(trained):

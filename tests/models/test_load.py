@@ -206,6 +206,32 @@ def test_hub_id_is_downloaded_once_checked(monkeypatch, folder):
     assert len(asked) == 1
 
 
+def test_a_repository_that_holds_no_pipeline(monkeypatch, tmp_path):
+    """The hub's client names a folder that it has not made where no file matches."""
+    monkeypatch.setattr(loading, "download", lambda *_: tmp_path / "nothing")
+    refused("owner/no-pipeline", "no model_index.json", "whole pipeline")
+
+
+def test_the_hub_is_asked_once_in_a_process(monkeypatch, folder):
+    """For the index and for the rest, whoever looks at the model how often; a refusal is not remembered."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(name, **options):
+        asked.append(options["allow_patterns"])
+        if len(asked) == 1:
+            raise OSError("busy")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
+    refused("owner/asked-once", "busy")
+    for _ in range(3):
+        load_denoiser(ModelSpec(pretrained_model_name_or_path="owner/asked-once"))
+    assert asked[0] == asked[1] == ["model_index.json"] and len(asked) == 3
+
+
 def test_identity_is_of_the_denoiser(folder, tmp_path):
     spec = tiny.spec(folder)
     before = model_identity(spec)

@@ -55,6 +55,31 @@ def test_state_round_trips_by_name(name):
     assert set(steps.values()) == {7} and len(steps) == len(a)
 
 
+class _Nesting(torch.optim.AdamW):
+    """As bitsandbytes 0.50: moments lie one dictionary deeper in what it hands out, and are taken back from either place."""
+
+    def state_dict(self):
+        found = super().state_dict()
+        return {**found, "state": {i: {"step": entries["step"], "hidden": {"exp_avg": entries["exp_avg"],
+                                                                           "exp_avg_sq": entries["exp_avg_sq"]}}
+                                   for i, entries in found["state"].items()}}
+
+
+def test_nested_entries_are_stored_beside_the_others():
+    a, b = params(), params()
+    first, second = _Nesting(a.values(), lr=1e-3), _Nesting(b.values(), lr=1e-3)
+    walk(a, first, 2)
+    walk(b, second, 1)
+    tensors, scalars = optimizer_state(first, a)
+    assert scalars == {} and set(tensors) == {f"{name}/{key}" for name in a for key in ("step", "exp_avg", "exp_avg_sq")}
+    for name, tensor in b.items():
+        tensor.data.copy_(a[name])
+    load_optimizer_state(second, b, {path: tensor.clone() for path, tensor in tensors.items()}, scalars)
+    walk(a, first, 2)
+    walk(b, second, 2)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_adafactor_is_told_not_to_scale():
     """scale_parameter, relative_step and warmup_init off: the first update is lr * sign-like, root mean square 1."""
     p = params()

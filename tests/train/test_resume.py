@@ -96,7 +96,7 @@ def test_resume_is_bit_equal_at_every_step(tmp_path, uncut, cut):
     assert source.taken == list(range(cut, STEPS))  # the data go on where they stopped
     assert_same(contents(folder), uncut[1])
     assert (folder / "metrics.jsonl").read_text() == uncut[2]
-    assert summary.validation_start == uncut[3].validation_start and summary.validation_end == uncut[3].validation_end
+    assert replace(summary, seconds=0) == replace(uncut[3], seconds=0)
 
 
 def run_with(folder, hook):
@@ -104,8 +104,8 @@ def run_with(folder, hook):
     return toy.train(folder, source=toy.Source((2, 2)), method=Remembering(), validation=validate, hooks=[hook], **OPTIONS)
 
 
-def run_killed_at(folder, step):
-    """An exception after step ``step`` is saved, before the next one ends."""
+def run_killed_at(folder, step, **options):
+    """An exception after step ``step`` (and its checkpoint, where there is one), before the next one ends."""
     class Crash(Remembering):
         def loss(self, batch, ctx):
             if ctx.step == step:
@@ -113,21 +113,12 @@ def run_killed_at(folder, step):
             return super().loss(batch, ctx)
 
     with pytest.raises(KeyboardInterrupt):
-        toy.train(folder, source=toy.Source((2, 2)), method=Crash(), validation=validate, **OPTIONS)
+        toy.train(folder, source=toy.Source((2, 2)), method=Crash(), validation=validate, **{**OPTIONS, **options})
 
 
 def test_a_crash_between_checkpoints_drops_the_log_lines_after_it(tmp_path, uncut):
-    options = {**OPTIONS, "checkpointing_steps": 3}
     folder = tmp_path / "run"
-
-    class Crash(Remembering):
-        def loss(self, batch, ctx):
-            if ctx.step == 5:
-                raise KeyboardInterrupt
-            return super().loss(batch, ctx)
-
-    with pytest.raises(KeyboardInterrupt):
-        toy.train(folder, source=toy.Source((2, 2)), method=Crash(), validation=validate, **options)
+    run_killed_at(folder, 5, checkpointing_steps=3)
     lines = (folder / "metrics.jsonl").read_text()
     assert '"step": 4' in lines and [path.name for path in checkpoints(folder)] == ["checkpoint-3"]
     with open(folder / "metrics.jsonl", "a") as file:
@@ -136,10 +127,19 @@ def test_a_crash_between_checkpoints_drops_the_log_lines_after_it(tmp_path, uncu
     assert (folder / "metrics.jsonl").read_text() == uncut[2]
 
 
+def test_a_crash_before_the_first_checkpoint_leaves_no_lines(tmp_path, uncut):
+    """Step 0 has been validated before, and is validated again."""
+    folder = tmp_path / "run"
+    run_killed_at(folder, 5, checkpointing_steps=STEPS)
+    assert '"step": 0' in (folder / "metrics.jsonl").read_text() and not checkpoints(folder)
+    run(folder, checkpointing_steps=STEPS)
+    assert (folder / "metrics.jsonl").read_text() == uncut[2]
+
+
 def test_another_split_of_the_same_batch_may_resume(tmp_path):
     toy.train(tmp_path, max_train_steps=5)
     _, summary = toy.train(tmp_path, max_train_steps=10, train_batch_size=1, gradient_accumulation_steps=4)
-    assert summary.step == 10 and summary.initial_loss is None
+    assert summary.step == 10 and summary.initial_loss == pytest.approx(np.log(2), abs=1e-6)
 
 
 def test_a_longer_run_of_a_constant_schedule_equals_the_uncut_one(tmp_path):
@@ -160,7 +160,7 @@ def test_a_finished_run_stays_finished(tmp_path):
     again, second = toy.train(tmp_path, ema_decay=0.9, validation=validate, source=source)
     assert source.taken == [] and second.step == first.step == 10
     assert (tmp_path / "metrics.jsonl").read_text() == lines
-    assert second.validation_end == first.validation_end and second.validation_start == first.validation_start
+    assert replace(second, seconds=0) == replace(first, seconds=0) and first.metrics and first.initial_loss
     for name, p in again.trainable().items():
         assert torch.equal(p, bank.trainable()[name])
 

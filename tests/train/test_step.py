@@ -282,8 +282,11 @@ def test_the_same_run_twice_writes_the_same_bytes(tmp_path):
 
 
 def test_prefetching_changes_nothing(tmp_path):
-    toy.train(tmp_path / "a", max_train_steps=6)
-    toy.train(tmp_path / "b", max_train_steps=6, dataloader_num_workers=1)
+    """Every step is taken once, that of the look before the first step too: an online source draws it."""
+    for name, workers in (("a", 0), ("b", 1)):
+        source = toy.Source()
+        toy.train(tmp_path / name, source=source, max_train_steps=6, dataloader_num_workers=workers)
+        assert source.taken == list(range(6))
     a, b = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in "ab")
     assert a == b
 
