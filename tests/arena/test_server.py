@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from diffalign.arena.ballots import Ballots
 from diffalign.arena.gallery import read_gallery
 from diffalign.arena.server import HEADER, LARGEST_BODY, Arena
 from diffalign.arena.spec import ArenaSpec
-from diffalign.arena.store import Store
+from diffalign.arena.store import Record, Store
 from diffalign.errors import ConfigError
 
 from .toy import Client, gallery
@@ -116,6 +117,22 @@ def test_a_voter_sees_every_prompt_and_no_set_twice(opened, folder):
         status, told = client.vote(shown["ballot"])
         shown = told["next"]
     assert len(seen) == len(set(seen)) == 20 and len({prompt for prompt, _ in seen[:4]}) == 4
+
+
+@pytest.mark.parametrize("seeded, sets", [(True, 3), (False, 9)])
+def test_all_pictures_of_a_model_come_before_all_is_judged(seeded, sets, tmp_path):
+    """2 models with 3 pictures each of one prompt: 3 sets where the table pairs them by seed, else 3 x 3."""
+    table = gallery(tmp_path / "g", models=2, prompts=1, seeds=3) / "gallery.jsonl"
+    if not seeded:
+        rows = [json.loads(line) for line in table.read_text().splitlines()]
+        table.write_text("\n".join(json.dumps({name: row[name] for name in ("prompt", "model", "image")}) for row in rows))
+    found = read_gallery(table)
+    for seed in range(8):
+        ballots, shown = Ballots(found, ArenaSpec(gallery=str(table), seed=seed)), []
+        while ballot := ballots.next("ana", len(shown)):
+            shown.append(frozenset(ballot.images))
+            ballots.learn(Record(ballot=ballot, outcome="skipped", ranks=None, cast_at=""))
+        assert len(shown) == len(set(shown)) == sets
 
 
 def test_votes_go_where_they_are_needed(arena, client):
