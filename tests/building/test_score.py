@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+import tarfile
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -260,6 +261,33 @@ class Broken:
 
     def __call__(self, images, prompts):
         raise AssertionError("nothing may be scored")
+
+
+@pytest.mark.parametrize("name", ["data", "data/part-*.tar"])
+def test_scores_of_other_rows_are_not_taken_for_those_of_a_folder_or_of_shards(tmp_path, name):
+    """As many rows as before, in files of the same names."""
+    def fill(value: int) -> None:
+        (tmp_path / "data").mkdir(exist_ok=True)
+        for number in range(2):
+            png = write_png(tmp_path / "a.png", value + number)
+            if name.endswith("tar"):
+                with tarfile.open(tmp_path / "data" / f"part-{number}.tar", "w") as archive:
+                    archive.add(png, f"{number}.jpg_0.png")
+                    archive.add(png, f"{number}.jpg_1.png")
+            else:
+                pq.write_table(pa.table({"jpg_0": [png.read_bytes()], "jpg_1": [png.read_bytes()]}),
+                               tmp_path / "data" / f"train-{number}.parquet")
+
+    fill(10)
+    own = spec(tmp_path / name, output=str(tmp_path / "out.jsonl"))
+    run.score(own)
+    first = lines(tmp_path / "out.jsonl")
+    assert run.score(own)["rows"] == 2 and first[0]["score_bright"] == pytest.approx([level(10)] * 2)
+    fill(200)
+    with pytest.raises(ConfigError, match="data: is .* begun with"):
+        run.score(own)
+    run.score(replace(own, overwrite=True))
+    assert lines(tmp_path / "out.jsonl")[1]["score_bright"] == pytest.approx([level(201)] * 2)
 
 
 def test_the_command_with_two_processes(table):
