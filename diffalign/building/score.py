@@ -282,7 +282,7 @@ def _columns(source: Source, names: Sequence[str], scores: Scores, found: dict[s
 def _write_lines(path: Path, columns: Iterator[tuple[Pictures, dict[str, Any]]]) -> int:
     """Pictures that the rows hold as bytes stay where they are; the row's number leads to them."""
     rows = 0
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a character as JSON escapes it
         for row, new in columns:
             plain = {name: value for name, value in row.record.items() if _is_plain(value)}
             record = {**({} if len(plain) == len(row.record) else {"row": row.id}), **plain, **new}

@@ -77,6 +77,14 @@ def test_scores_are_aligned_with_the_pictures_and_the_rest_is_kept(table):
     assert facts["rewards"]["bright"]["scored"] == 200
 
 
+def test_a_column_that_is_no_whole_unicode_is_kept(table):
+    """The first half of a surrogate pair, which JSON can say and UTF-8 cannot."""
+    table.write_text(json.dumps({"prompt": "p", "image": "pictures/3.png", "label": 1, "note": "cut \ud83d"}) + "\n")
+    run.score(spec(table))
+    (found,) = lines(table.with_name("data.scored.jsonl"))
+    assert found["note"] == "cut \ud83d" and found["score_bright"] == pytest.approx(level(30))
+
+
 def test_the_scored_table_is_a_data_set_and_the_folder_still_means_the_table(table):
     run.score(spec(table))
     for path in (table.with_name("data.scored.jsonl"), table.parent):
