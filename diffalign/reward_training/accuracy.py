@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy  # its parts load on first use
 
-from ..evaluate.statistics import bootstrap, wilson
+from ..evaluate.statistics import share_interval
 
 RESAMPLES = 10_000
 BINS = 5
@@ -37,9 +37,7 @@ def accuracy(margins: np.ndarray, target: np.ndarray, groups: Sequence[Hashable]
     target = np.asarray(target, np.float64)
     decided = target != 0.5
     shares = prompt_shares(margins, target, groups)
-    low, high = bootstrap(shares[None], seed=seed, resamples=RESAMPLES)[0]
-    if np.ptp(shares) == 0:  # resampling shows no spread at all, which is not certainty
-        low, high = wilson(float(shares[0]), len(shares))
+    low, high = share_interval(shares, seed=seed, resamples=RESAMPLES)
     return Accuracy(value=float(shares.mean()), low=low, high=high, pairs=int(decided.sum()), prompts=len(shares),
                     labelled_ties=int((~decided).sum()))
 
