@@ -50,10 +50,14 @@ def prompt_shares(margins: np.ndarray, target: np.ndarray, groups: Sequence[Hash
     decided = target != 0.5
     if not decided.any():
         raise ValueError("an accuracy needs pairs that are no ties")
-    side = np.where(target > 0.5, margins, -margins)[decided]
-    right = np.where(np.isnan(side) | (abs(side) < TIE), 0.5, side > 0)
     _, number = np.unique(groups[decided], return_inverse=True)
-    return np.bincount(number, right) / np.bincount(number)
+    return np.bincount(number, ordered(margins[decided], target[decided])) / np.bincount(number)
+
+
+def ordered(margins: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Of decided pairs, [P]: 1 for one ordered as labelled, 0 for one ordered the other way, 1/2 for a predicted tie."""
+    side = np.where(target > 0.5, margins, -margins)
+    return np.where(np.isnan(side) | (abs(side) < TIE), 0.5, side > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,7 @@ def calibration(margins: np.ndarray, target: np.ndarray) -> Calibrated:
     kept = (target != 0.5) & ~np.isnan(margins)
     side = np.where(target > 0.5, margins, -margins)[kept]
     order = np.argsort(abs(side), kind="stable")
-    confidence, right = scipy.special.expit(abs(side))[order], np.where(abs(side) < TIE, 0.5, side > 0)[order]
+    confidence, right = scipy.special.expit(abs(side))[order], ordered(margins[kept], target[kept])[order]
     bins = [(float(c.mean()), float(r.mean()), len(c))
             for c, r in zip(np.array_split(confidence, BINS), np.array_split(right, BINS), strict=True) if len(c)]
     total = max(1, len(side))

@@ -29,7 +29,7 @@ from ..rewards.heads import LOSSES
 from ..rewards.learned import save_reward
 from ..rewards.towers import ClipSource
 from ..rewards.weights import on_device, sha256
-from .accuracy import accuracy, calibration
+from .accuracy import accuracy, calibration, ordered
 from .pairs import Pairs, balanced, decoded, read_pairs, set_apart
 from .predicted import Predicted
 from .spec import RewardRecipe
@@ -272,8 +272,8 @@ class Trainer:
         margins = self.margins(self.stop, "train")
         losses = LOSSES["logistic"](torch.from_numpy(margins), torch.from_numpy(self.stop.target))
         decided = self.stop.target != 0.5
-        right = (margins > 0) == (self.stop.target > 0.5)
-        return Epoch(number=number, loss=loss, stop_loss=float(losses.mean()), stop_accuracy=float(right[decided].mean()))
+        right = ordered(margins[decided], self.stop.target[decided])
+        return Epoch(number=number, loss=loss, stop_loss=float(losses.mean()), stop_accuracy=float(right.mean()))
 
     def _groups(self) -> list:
         """What the interval resamples: users for a pluralistic head, else prompts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,15 @@ def test_rewards_of_one_start_average_and_others_do_not(tmp_path, clip, pairs):
     assert not torch.allclose(one, other) and np.corrcoef(mean, one + other)[0, 1] > 0.9
     with pytest.raises(ModelError, match="differs from that of .* in head"):
         average_rewards([tmp_path / "a" / "reward", tmp_path / "c" / "reward"], tmp_path / "none")
+
+
+def test_pairs_set_apart_that_are_scored_alike_count_one_half(tmp_path, clip, pairs):
+    """Both pictures the same, the second preferred: nobody is right, on whichever side the label lies."""
+    rows = [{"jpg_0": 40, "jpg_1": 40, "label_0": 0.0, "caption": f"picture {i}"} for i in range(20)]
+    write_pairs(tmp_path / "same.jsonl", rows)
+    recipe = recipe_for(tmp_path / "out", clip, pairs, epochs=1, stop_share=0.5)
+    report = train_reward(replace(recipe, data=replace(recipe.data, path=str(tmp_path / "same.jsonl"))))
+    assert [epoch["stop_accuracy"] for epoch in report["epochs"]] == [0.5]
 
 
 def test_early_stopping_keeps_the_best_epoch(tmp_path, clip, pairs):
