@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError, ResourceError, RewardError, UserError
 
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a truncated or broken file
+
 
 class Reward(Protocol):
     """images: N pictures, prompts: N texts -> [N] float32, higher is better. A frozen dataclass whose fields are its options.
@@ -145,5 +147,5 @@ def score_each(one, images: Iterable[Any], prompts: Sequence[str]) -> Tensor:
 def _or_nan(one, image: Any) -> Tensor:
     try:
         return torch.as_tensor(one(image), dtype=torch.float32)
-    except (OSError, SyntaxError, Image.DecompressionBombError):  # what PIL raises for a truncated or broken file
+    except UNREADABLE:
         return torch.tensor(torch.nan)

@@ -28,10 +28,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from .base import as_pil
+from .base import UNREADABLE, as_pil
 from .service import Refusal, Service, report
 
 LARGEST = torch.finfo(torch.float32).max
@@ -244,7 +243,7 @@ def as_png(image: Any) -> str | None:
     target = io.BytesIO()
     try:
         as_pil(image).save(target, "PNG", compress_level=1)
-    except (OSError, SyntaxError, Image.DecompressionBombError):
+    except UNREADABLE:
         return None
     return base64.b64encode(target.getvalue()).decode()
 
