@@ -323,6 +323,15 @@ def test_bodies_that_are_no_votes(arena, client, body, headers, status):
     assert found == status and set(json.loads(answer)) == {"error"} and arena.store.records() == []
 
 
+def test_addresses_that_are_none(arena, client, capfd):
+    """A stranger's request is no reason for a traceback in the terminal."""
+    with socket.create_connection(("127.0.0.1", int(client.host.rpartition(":")[2]))) as raw:
+        raw.sendall(b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert raw.recv(12) == b"HTTP/1.1 400"
+    assert client.ask("POST", "/api/vote", {}, {"Origin": "http://["})[0] == 400
+    assert capfd.readouterr().err == ""
+
+
 def test_other_methods_and_addresses(client):
     assert client.ask("PUT", "/")[0] == 501 and client.ask("OPTIONS", "/api/vote")[0] == 501
     assert client.ask("POST", "/", {})[0] == 404 and client.ask("GET", "/api/vote")[0] == 404
