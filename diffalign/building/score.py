@@ -106,7 +106,7 @@ class Source:
             content = sha256(self.table).hexdigest() if stat.st_size <= HASHED else f"{stat.st_size} {stat.st_mtime_ns}"
         elif parts := self._parts():
             listed = "\n".join(f"{os.path.relpath(path, self.spec.data)} {_stamp(path)}" for path in parts)
-            content = hashlib.sha256(listed.encode()).hexdigest()
+            content = hashlib.sha256(os.fsencode(listed)).hexdigest()  # names may be no Unicode
         else:
             content = self.spec.data
         return {"data": content, "split": self.spec.split, "image_root": self.spec.image_root,

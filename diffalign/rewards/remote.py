@@ -249,12 +249,12 @@ def as_png(image: Any) -> str | None:
 
 
 def said(reply: Any) -> str:
-    """The text of the first choice of a chat completion; Refusal where the reply has another form."""
+    """The text of the first choice of a chat completion, half letters replaced; Refusal where the reply has another form."""
     try:
         said = reply["choices"][0]["message"]["content"]
     except (TypeError, LookupError):
         raise Refusal("its reply is not a chat completion") from None
-    return said if isinstance(said, str) else ""
+    return said.encode(errors="replace").decode() if isinstance(said, str) else ""
 
 
 def _scores(readings: list[Reading]) -> Tensor:

@@ -139,6 +139,15 @@ def test_a_folder_of_pictures_with_and_without_prompts(tmp_path):
     assert run.score(spec(tmp_path))["rows"] == 2  # its own files are no data
 
 
+def test_a_folder_with_a_name_that_is_no_unicode(tmp_path):
+    """Such as an old archive of Latin-1 names leaves."""
+    name = os.fsdecode(b"caf\xe9.png")
+    write_png(tmp_path / "d" / name, 50)
+    run.score(spec(tmp_path / "d"))
+    (found,) = lines(tmp_path / "d" / "pictures.scored.jsonl")
+    assert found["image"] == name and found["score_bright"] == pytest.approx(level(50))
+
+
 def test_a_build_folder(tmp_path, monkeypatch):
     toy.Stub().put_into(monkeypatch.setattr)
     run.build(toy.spec(tmp_path, utility={"kind": "reward", "reward": "bright"}))
