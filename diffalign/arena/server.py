@@ -75,7 +75,7 @@ class Arena:
         # the cookie proves that its browser once had the token, without holding it
         self.pass_ = hmac.new(token.encode(), b"diffalign arena", hashlib.sha256).hexdigest() if token else None
         self.token = token
-        self._lock = threading.Lock()
+        self._lock, self._counting = threading.Lock(), threading.Lock()  # of ballots; of standings, which may take seconds
         self._ballots, self._learned = Ballots(gallery, spec), (0, 0)
         self._standings: tuple[tuple, Standings] | None = None
         self._server = _listening(spec, self)
@@ -129,7 +129,7 @@ class Arena:
 
     def standings(self) -> Standings:
         """Computed again only when there are new votes."""
-        with self._lock:
+        with self._counting:
             state = self.store.state()
             if self._standings is None or self._standings[0] != state:
                 self._standings = state, standings(self.store.records(), self.gallery.models, seed=self.spec.seed)

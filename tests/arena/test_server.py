@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
+from diffalign.arena import server
 from diffalign.arena.ballots import Ballots
 from diffalign.arena.gallery import read_gallery
 from diffalign.arena.server import HEADER, LARGEST_BODY, Arena
@@ -405,6 +407,20 @@ def test_standings(arena, client):
     assert all(row.separable for row in table.ratings.rows) and page.count(">open<") == 10  # nobody lost out of order
     assert table is arena.standings()
     assert table.score("model-0") > table.score("model-4") and table.wins[0, 4] == 1
+
+
+def test_nobody_waits_with_a_vote_for_the_standings(arena, client, monkeypatch):
+    """They are fits to a thousand resamples."""
+    begun, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(server, "standings", lambda *args, **options: (begun.set(), go_on.wait(20)))
+    other = threading.Thread(target=arena.standings, daemon=True)
+    other.start()
+    assert begun.wait(20)
+    try:
+        assert client.vote(client.start()["ballot"])[0] == 200 and other.is_alive()
+    finally:
+        go_on.set()
+        other.join(20)
 
 
 def test_votes_on_models_that_left_still_count(opened, tmp_path, folder):
