@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
@@ -105,6 +105,11 @@ def identity(reward: Reward) -> dict[str, Any]:
     """JSON-ready facts that pin the reward's numbers; at least its name."""
     with _named(reward, "failed in its identity()"):
         return {"name": reward.name, **(reward.identity() if hasattr(reward, "identity") else {})}
+
+
+def unlike(name: str, taken: Container[str]) -> str:
+    """The name, with a number behind it where it is ``taken``: two rewards of one kind would lose one's figures."""
+    return next(other for other in (name, *(f"{name} {n}" for n in range(2, 1000))) if other not in taken)
 
 
 def pixels(image: Any) -> Tensor:

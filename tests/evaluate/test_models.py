@@ -138,6 +138,15 @@ def test_the_alarm_reads_what_was_optimised(found):
     assert found.alarms["aligned"].training.base == pytest.approx(0, abs=1e-6)  # two rewards: the base is where zero lies
 
 
+def test_optimised_rewards_of_one_kind_are_all_reported(found):
+    """Three settings of one class: none takes another's place, in the table or in what the alarm reads."""
+    training = [Compressibility(quality=quality) for quality in (50, 60, 70)]
+    both = compare(MODELS, found.prompts, spec(seed=0), training=training, progress=None)
+    assert both.trained == ("compressibility", "compressibility (trained on)", "compressibility (trained on) 2")
+    assert len({both.sides["base"].rewards[name].sum() for name in both.trained}) == 3
+    assert both.alarms["aligned"].training is not None
+
+
 HACKED = Alarm(fired=True, reasons=["brightness left the base's band"], notes=["few prompts"], prompts=30, diversity=None,
                training=None, judge=None, gap=None, doubted=False, statistics=[Statistic(
                    name="brightness", base=0.4, aligned=0.8, shift=1.6, low=1.4, high=1.8, band_low=-1.0, band_high=1.0,

@@ -24,7 +24,7 @@ from diffalign.rewards.average import average_rewards
 from diffalign.rewards.backbone import load_backbone
 from diffalign.rewards.heads import BradleyTerry, hinge, logistic
 from diffalign.rewards.learned import Learned
-from diffalign.rewards.rules import Brightness
+from diffalign.rewards.rules import Brightness, Compressibility
 from diffalign.rewards.towers import ClipSource
 
 from .toy_clip import flat, make_clip, write_pairs
@@ -223,6 +223,12 @@ def test_pairs_set_apart_that_are_scored_alike_count_one_half(tmp_path, clip, pa
     recipe = recipe_for(tmp_path / "out", clip, pairs, epochs=1, stop_share=0.5)
     report = train_reward(replace(recipe, data=replace(recipe.data, path=str(tmp_path / "same.jsonl"))))
     assert [epoch["stop_accuracy"] for epoch in report["epochs"]] == [0.5]
+
+
+def test_rewards_of_one_kind_are_compared_apart(tmp_path, clip, pairs):
+    twice = (Brightness(), Compressibility(quality=90), Compressibility(quality=10))
+    report = train_reward(recipe_for(tmp_path, clip, pairs, epochs=1, compare=twice))
+    assert list(report["compare"]) == ["brightness", "compressibility", "compressibility 2"]
 
 
 def test_early_stopping_keeps_the_best_epoch(tmp_path, clip, pairs):
