@@ -70,7 +70,6 @@ def train_reward(recipe: RewardRecipe, printer: Printer = print) -> dict:
         raise ResourceError(f"not enough memory on {on_device(recipe.device)} ({str(error).splitlines()[0]}); lower "
                             "batch_size or encode_batch_size") from None
     folder = Path(recipe.output_dir) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     save_reward(folder, head=recipe.head, module=trainer.head, changed=trainer.changed(), users=trainer.users, source=source,
                 init=trainer.init, time=backbone.time)
     write_json(folder / REPORT, report)

@@ -15,7 +15,7 @@ import torch
 from diffalign.config import _build, load_reward, parse_yaml
 from diffalign.data.columns import Tally
 from diffalign.data.spec import DataSpec
-from diffalign.errors import ConfigError, DataError, ModelError
+from diffalign.errors import ConfigError, DataError, ModelError, ResourceError
 from diffalign.reward_training import RewardLora, RewardRecipe, train_reward
 from diffalign.reward_training.accuracy import accuracy, calibration
 from diffalign.reward_training.pairs import balanced, read_pairs, set_apart
@@ -229,6 +229,18 @@ def test_rewards_of_one_kind_are_compared_apart(tmp_path, clip, pairs):
     twice = (Brightness(), Compressibility(quality=90), Compressibility(quality=10))
     report = train_reward(recipe_for(tmp_path, clip, pairs, epochs=1, compare=twice))
     assert list(report["compare"]) == ["brightness", "compressibility", "compressibility 2"]
+
+
+@pytest.mark.parametrize("name", ["reward", "reward/config.json", "reward/model.safetensors"])
+def test_what_cannot_be_written_is_one_line(tmp_path, clip, pairs, name):
+    """A file where the folder should be, or a folder where a file should be."""
+    if name == "reward":
+        (tmp_path / name).write_text("")
+    else:
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(ResourceError, match=f"cannot write .*{name}"):
+        train_reward(recipe_for(tmp_path, clip, pairs, epochs=1))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_early_stopping_keeps_the_best_epoch(tmp_path, clip, pairs):
