@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from itertools import combinations
+from collections.abc import Iterator, Sequence
+from itertools import combinations, product
 
 import numpy as np
 
@@ -63,9 +63,9 @@ class Ballots:
                 models = self.gallery.prompts[prompt]
                 if pivot in models and len(models) > 1:
                     for group in self._groups(models, pivot, draw):
-                        chosen = self._entries(prompt, group, draw)
-                        if frozenset((e.model, e.picture.sha256) for e in chosen) not in self._judged[voter]:
-                            return self._ballot(prompt, chosen, voter, draw)
+                        for chosen in self._sets(prompt, group, draw):
+                            if frozenset((e.model, e.picture.sha256) for e in chosen) not in self._judged[voter]:
+                                return self._ballot(prompt, chosen, voter, draw)
         return None
 
     def progress(self, voter: str) -> dict[str, int]:
@@ -83,19 +83,21 @@ class Ballots:
         for opponents in combinations(order, min(self.spec.k, len(names)) - 1):
             yield [pivot, *(names[i] for i in opponents)]
 
-    def _entries(self, prompt: str, models: list[str], draw: np.random.Generator) -> list[Entry]:
-        """One picture each, of the same seed where there is one."""
+    def _sets(self, prompt: str, models: list[str], draw: np.random.Generator) -> Iterator[tuple[Entry, ...]]:
+        """Every set of one picture each, in an order of lots: of the first model's seed where a model has one of it."""
         table = self.gallery.prompts[prompt]
-        first = table[models[0]][draw.integers(len(table[models[0]]))]
-        chosen = [first]
-        for model in models[1:]:
-            same = [entry for entry in table[model] if entry.seed is not None and entry.seed == first.seed]
-            choice = same or table[model]
-            chosen.append(choice[draw.integers(len(choice))])
-        return chosen
+        for first in _in_lots(table[models[0]], draw):
+            same = ([entry for entry in table[model] if entry.seed is not None and entry.seed == first.seed]
+                    for model in models[1:])
+            others = [_in_lots(own or table[model], draw) for model, own in zip(models[1:], same)]
+            yield from product([first], *others)
 
-    def _ballot(self, prompt: str, chosen: list[Entry], voter: str, draw: np.random.Generator) -> Ballot:
+    def _ballot(self, prompt: str, chosen: Sequence[Entry], voter: str, draw: np.random.Generator) -> Ballot:
         shown = [chosen[i] for i in draw.permutation(len(chosen))]
         return Ballot(id=new_id(), prompt=prompt, models=tuple(entry.model for entry in shown),
                       images=tuple(entry.picture.sha256 for entry in shown), voter=voter, criteria=self.spec.criteria,
                       issued=now())
+
+
+def _in_lots(entries: Sequence[Entry], draw: np.random.Generator) -> list[Entry]:
+    return [entries[i] for i in draw.permutation(len(entries))]

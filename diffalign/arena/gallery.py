@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..data.columns import inside
 from ..data.images import MAX_BYTES, probe
 from ..errors import DataError
 
@@ -74,7 +75,9 @@ def read_gallery(path: str | Path, *, progress: bool = False) -> Gallery:
             continue
         where = f"{table.name} line {number}"
         row = _row(line, where)
-        file = _inside(row["image"], root, where)
+        file = inside(row["image"], root)
+        if file is None:
+            raise DataError(f"{where}: image: the path {row['image'][:80]!r} leaves the gallery's folder")
         if file not in files:
             files[file] = _picture(file, where)
         picture = pictures.setdefault(files[file].sha256, files[file])
@@ -127,19 +130,6 @@ def _row(line: str, where: str) -> dict:
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise DataError(f"{where}: seed: a whole number is needed, got {str(seed)[:40]!r}")
     return row
-
-
-def _inside(name: str, root: Path, where: str) -> Path:
-    """The file ``name`` below ``root``: no absolute path, no .., no link that leads out."""
-    parts = name.replace("\\", "/").split("/")
-    try:
-        path = (root / name).resolve()
-        outside = ".." in parts or "\0" in name or not path.is_relative_to(root)
-    except (OSError, ValueError, RuntimeError):  # names too long, embedded zeros, loops of links
-        outside = True
-    if outside:
-        raise DataError(f"{where}: image: the path {name[:80]!r} leaves the gallery's folder")
-    return path
 
 
 def _picture(path: Path, where: str) -> Picture:

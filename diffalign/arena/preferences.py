@@ -46,10 +46,13 @@ def export(spec: ArenaSpec, path: Path | str, printer: Callable[[str], None] = l
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: an export is a folder, and this is a file")
+    table = folder / "metadata.jsonl"
+    if table.resolve() == gallery.table.resolve():
+        raise DataError(f"{table}: is the gallery's own table, which the export would replace; name another folder")
     names = {image: _copied(image, gallery, folder, record) for record in ranked for image in record.ballot.images}
     lines = [json.dumps(_row(record, names), ensure_ascii=False) for record in ranked]
-    write(folder / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
-    done = Exported(table=folder / "metadata.jsonl", rows=len(ranked), ties=sum(max(r.ranks) == 1 for r in ranked),
+    write(table, ("\n".join(lines) + "\n").encode())
+    done = Exported(table=table, rows=len(ranked), ties=sum(max(r.ranks) == 1 for r in ranked),
                     left_out=len(records) - len(ranked), pictures=len(names))
     printer(f"{done.table}: {done.rows} ranked groups ({done.ties} all level), {done.pictures} pictures; "
             f"{done.left_out} votes ranked nothing")

@@ -25,7 +25,7 @@ from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -75,7 +75,7 @@ class Arena:
         # the cookie proves that its browser once had the token, without holding it
         self.pass_ = hmac.new(token.encode(), b"diffalign arena", hashlib.sha256).hexdigest() if token else None
         self.token = token
-        self._lock = threading.Lock()
+        self._lock, self._counting = threading.Lock(), threading.Lock()  # of ballots; of standings, which may take seconds
         self._ballots, self._learned = Ballots(gallery, spec), (0, 0)
         self._standings: tuple[tuple, Standings] | None = None
         self._server = _listening(spec, self)
@@ -129,7 +129,7 @@ class Arena:
 
     def standings(self) -> Standings:
         """Computed again only when there are new votes."""
-        with self._lock:
+        with self._counting:
             state = self.store.state()
             if self._standings is None or self._standings[0] != state:
                 self._standings = state, standings(self.store.records(), self.gallery.models, seed=self.spec.seed)
@@ -213,13 +213,13 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refused(HTTPStatus.FORBIDDEN, "This page answers to the names of its own machine only.")
             return
         if not hmac.compare_digest(self._cookies().get(arena.cookie, "").encode(), arena.pass_.encode()):
-            given = parse_qs(urlsplit(self.path).query, errors="replace").get("token", [""])[0]
+            given = parse_qs(_address(self.path).query, errors="replace").get("token", [""])[0]
             if self.command != "GET" or not hmac.compare_digest(given.encode(), arena.token.encode()):
                 raise Refused(HTTPStatus.UNAUTHORIZED, "A token is needed: open the page as /?token=...")
             self.fresh = [f"{arena.cookie}={arena.pass_}"]
 
     def _get(self) -> None:
-        url = urlsplit(self.path)
+        url = _address(self.path)
         if "token" in parse_qs(url.query):  # out of the address bar and of the history
             return self._send(HTTPStatus.SEE_OTHER, b"", "text/plain", cookies=self.fresh, location="/")
         picture = re.fullmatch(r"/picture/([0-9a-f]{64})", url.path)
@@ -235,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _post(self) -> None:
         origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "same-origin")
         if self.headers.get(HEADER) != "1" or site != "same-origin" or (
-                origin is not None and urlsplit(origin).netloc != self.headers["Host"]):
+                origin is not None and _address(origin).netloc != self.headers["Host"]):
             raise Refused(HTTPStatus.FORBIDDEN, "Votes are taken from the page itself only.")
         body, (voter, cookies) = self._body(), self._voter()
         if self.path == "/api/vote":
@@ -329,6 +329,13 @@ def _id(body: dict) -> str:
     if not (isinstance(ballot, str) and re.fullmatch(r"[0-9a-f-]{1,80}", ballot)):
         raise Refused(HTTPStatus.BAD_REQUEST, "A ballot is needed.")
     return ballot
+
+
+def _address(text: str) -> SplitResult:
+    try:
+        return urlsplit(text)
+    except ValueError:
+        raise Refused(HTTPStatus.BAD_REQUEST, "This is no address.") from None
 
 
 def _is_local(host: str) -> bool:

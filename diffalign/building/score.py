@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.columns import SCORED, ImageRef, Pictures, read_pictures, table_of
+from ..data.columns import SCORED, ImageRef, Pictures, files_below, read_pictures, table_of
 from ..data.images import decode
 from ..data.spec import DataSpec
 from ..data.store import sha256
+from ..data.tars import shards
 from ..errors import ConfigError, DataError, ResourceError
 from ..rewards import Reward, columns_of
 from .journal import Journal
@@ -60,8 +61,7 @@ class Source:
         folder = Path(self.spec.data)
         if self.table is not None or not folder.is_dir():
             return False
-        tables = (path for path in folder.rglob("*") if path.suffix in TABLES and ".scored." not in str(path))
-        return next(tables, None) is None and next(_files(folder), None) is not None
+        return next(_tables(folder), None) is None and next(_files(folder), None) is not None
 
     @property
     def output(self) -> Path:
@@ -101,17 +101,23 @@ class Source:
 
     def identity(self) -> dict[str, Any]:
         """What tells this data set from another."""
-        if self.is_pictures:
-            folder = Path(self.spec.data)
-            listed = "\n".join(f"{path.relative_to(folder)} {_stamp(path)}" for path in _files(folder))
-            content = hashlib.sha256(listed.encode()).hexdigest()
-        elif self.table is not None:
+        if self.table is not None:
             stat = self.table.stat()
             content = sha256(self.table).hexdigest() if stat.st_size <= HASHED else f"{stat.st_size} {stat.st_mtime_ns}"
+        elif parts := self._parts():
+            listed = "\n".join(f"{os.path.relpath(path, self.spec.data)} {_stamp(path)}" for path in parts)
+            content = hashlib.sha256(os.fsencode(listed)).hexdigest()  # names may be no Unicode
         else:
             content = self.spec.data
         return {"data": content, "split": self.spec.split, "image_root": self.spec.image_root,
                 "max_pixels": self.spec.max_pixels}
+
+    def _parts(self) -> list[Path]:
+        """The files that it is made of: loose pictures, the shards of a pattern, the tables of a folder; none on the hub."""
+        folder = Path(self.spec.data)
+        if self.is_pictures:
+            return list(_files(folder))
+        return [Path(name) for name in shards(self.spec.data) or ()] or sorted(_tables(folder))
 
 
 @contextmanager
@@ -133,6 +139,11 @@ def _stamp(path: Path) -> str:
 def _files(folder: Path) -> Iterator[Path]:
     found = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
     yield from sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+
+
+def _tables(folder: Path) -> Iterator[Path]:
+    """All but what ``diffalign score`` wrote; nothing where there is no such folder."""
+    return (path for path in files_below(folder, TABLES) if ".scored." not in str(path)) if folder.is_dir() else iter(())
 
 
 def _loose(folder: Path) -> Iterator[Pictures]:
@@ -271,7 +282,7 @@ def _columns(source: Source, names: Sequence[str], scores: Scores, found: dict[s
 def _write_lines(path: Path, columns: Iterator[tuple[Pictures, dict[str, Any]]]) -> int:
     """Pictures that the rows hold as bytes stay where they are; the row's number leads to them."""
     rows = 0
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a character as JSON escapes it
         for row, new in columns:
             plain = {name: value for name, value in row.record.items() if _is_plain(value)}
             record = {**({} if len(plain) == len(row.record) else {"row": row.id}), **plain, **new}

@@ -474,20 +474,26 @@ _CANDIDATES = {"pictures": _image, "texts": _text, "clips": _clip}
 
 
 def _inside(name: str, root: Path | None, column: str) -> Path:
-    """The file ``name`` below ``root``. Nothing outside is ever read: no .., no absolute path elsewhere, no link out."""
     if re.match(r"[a-z0-9+]+://", name, re.IGNORECASE):
         raise _Field(column, f"pictures are not downloaded from addresses: {name[:80]}")
     if root is None:
         raise _Field(column, "the data set holds paths; say with data.image_root which folder they are in")
+    path = inside(name, root)
+    if path is None:
+        raise _Field(column, f"the path {name[:80]!r} leaves the data set's folder")
+    return path
+
+
+def inside(name: str, root: Path) -> Path | None:
+    """The file ``name`` below ``root``, a resolved folder. None for what lies outside, of which nothing is ever read: .., an
+    absolute path elsewhere, a link out."""
     parts = name.replace("\\", "/").split("/")
     try:
         path = (root / name).resolve()
         outside = ".." in parts or "\0" in name or re.match(r"[A-Za-z]:", name) or not path.is_relative_to(root)
     except (OSError, ValueError, RuntimeError):  # names too long, embedded zeros, loops of links
-        outside = True
-    if outside:
-        raise _Field(column, f"the path {name[:80]!r} leaves the data set's folder")
-    return path
+        return None
+    return None if outside else path
 
 
 # Where records come from: (number, where, root of its paths, record or the reason why it is none).

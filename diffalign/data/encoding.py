@@ -575,8 +575,10 @@ def _source(spec: DataSpec, part: str) -> tuple[list, bool]:
         if local.is_file():
             return [str(local.resolve()), *_stat(local)], True
         if local.is_dir():
-            tables = sorted(files_below(local, TABLES))
-            return [str(local.resolve()), split, [[str(p.relative_to(local)), *_stat(p)] for p in tables]], True
+            # the README says which of the tables belong to a name
+            tables = sorted([*files_below(local, TABLES), *local.glob("README.md")])
+            return [str(local.resolve()), split, [[str(p.relative_to(local)), *_stat(p)] for p in tables],
+                    *filter(None, [spec.name])], True
         if archives := shards(path):
             return [[str(Path(name).resolve()), *_stat(Path(name))] for name in archives], True
     except OSError as error:

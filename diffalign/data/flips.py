@@ -14,7 +14,8 @@ from .store import write_aside
 
 
 def flip_labels(source: Path, target: Path, share: float, *, seed: int = 0) -> int:
-    """Copy a Pick-a-Pic parquet with ``share`` of its decided pairs flipped, exactly; ties stay. Returns the number flipped.
+    """Copy a Pick-a-Pic parquet with ``share`` of its decided pairs flipped, exactly; ties stay, and rows that training leaves
+    out for want of a label (null, or has_label false). Returns the number flipped.
 
     label_0 becomes 1 - label_0 (label_1 too); score_0 and score_1 change places. The rows are the first of one keyed order,
     so a smaller share's flips are among a larger one's. Pictures stay the same bytes: a cache of latents serves all copies.
@@ -25,8 +26,11 @@ def flip_labels(source: Path, target: Path, share: float, *, seed: int = 0) -> i
     if "label_0" not in table.column_names:
         raise DataError(f"{source}: has no column label_0, so no label can be flipped; give pairs in Pick-a-Pic's layout")
     label = np.asarray(table["label_0"].to_pylist(), np.float64)
+    decided = np.isfinite(label) & (label != 0.5)
+    if "has_label" in table.column_names:
+        decided &= [told is not False for told in table["has_label"].to_pylist()]
     order = rng.permutation(len(label), seed, "label_flips")
-    order = order[label[order] != 0.5]
+    order = order[decided[order]]
     flipped = np.zeros(len(label), bool)
     flipped[order[:round(share * len(order))]] = True
     columns = {name: np.asarray(table[name].to_pylist(), np.float64)
@@ -36,8 +40,8 @@ def flip_labels(source: Path, target: Path, share: float, *, seed: int = 0) -> i
         changed |= {"score_0": np.where(flipped, columns["score_1"], columns["score_0"]),
                     "score_1": np.where(flipped, columns["score_0"], columns["score_1"])}
     for name, values in changed.items():
-        place = table.column_names.index(name)
-        table = table.set_column(place, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+        column = pa.array(values, table.schema.field(name).type, from_pandas=True)  # NaN is null again
+        table = table.set_column(table.column_names.index(name), table.schema.field(name), column)
     target.parent.mkdir(parents=True, exist_ok=True)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .columns import ImageRef, Row
+from .columns import ImageRef, Row, inside
 
 PREFERENCES = {"A": (1.0, 0.0), "B": (0.0, 1.0), "TIE": (0.5, 0.5)}
 BOTH_BAD = "BOTH_BAD"
+LONGEST = 1e9  # seconds; what is said to be longer is no time
 LEAST = 5.0  # seconds that the arena wants each side to be heard before it takes a vote
 
 
@@ -106,19 +107,18 @@ def _vote(number: int, where: str, record: dict, root: Path) -> Vote | None:
     prompt, preference = _text(record, "prompt", where).strip(), _text(record, "preference", where)
     if preference not in (*PREFERENCES, BOTH_BAD):
         raise DataError(f"{where}: preference is {preference!r:.40}; one of A, B, TIE and BOTH_BAD is needed")
-    names = [record.get(f"audio_{side}") or "" for side in "ab"]
+    names = [_text(record, f"audio_{side}", where, "") for side in "ab"]
     if not all(names):
         return None
-    clips = tuple(ImageRef(path=_inside(name, root, f"{where}, audio_{side}"), where=f"{where}, audio_{side}")
-                  for name, side in zip(names, "ab"))
+    clips = tuple(_clip(name, root, f"{where}, audio_{side}") for name, side in zip(names, "ab"))
     systems = tuple(record.get(f"system_{side}") for side in "ab")
     return Vote(
-        rows=_rows(number, where, prompt, clips, preference, systems, record.get("user_pseudonym") or None),
+        rows=_rows(number, where, prompt, clips, preference, systems, _text(record, "user_pseudonym", where, "") or None),
         preference=preference,
         listened=tuple(_seconds(record, f"total_listening_time_{side}", where, 0.0) for side in "ab"),
         events=tuple(_events(record.get(f"listen_data_{side}"), f"{where}, listen_data_{side}") for side in "ab"),
         durations=tuple(_seconds(record, f"duration_{side}", where, math.nan) for side in "ab"),
-        feedback=(record.get("feedback") or "").strip(), lyrics=record.get("lyrics") or "",
+        feedback=_text(record, "feedback", where, "").strip(), lyrics=_text(record, "lyrics", where, ""),
         instrumental=bool(record.get("is_instrumental")))
 
 
@@ -135,17 +135,28 @@ def _rows(number: int, where: str, prompt: str, clips: tuple[ImageRef, ...], pre
     return (row(0, clips, PREFERENCES[preference], systems),)
 
 
-def _text(record: dict, name: str, where: str) -> str:
-    if not isinstance(record.get(name), str):
-        raise DataError(f"{where}: {name} is missing or no text")
-    return record[name]
+def _clip(name: str, root: Path, where: str) -> ImageRef:
+    path = inside(name, root)
+    if path is None:
+        raise DataError(f"{where}: the path {name[:80]!r} leaves the data set's folder")
+    return ImageRef(path=path, where=where)
+
+
+def _text(record: dict, name: str, where: str, absent: str | None = None) -> str:
+    """absent: what stands for a text that is left out, or null; None: it must be there."""
+    value = absent if record.get(name) is None else record[name]
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError):
+        raise DataError(f"{where}: {name} is {'missing or ' if absent is None else ''}no text") from None
+    return value
 
 
 def _seconds(record: dict, name: str, where: str, absent: float) -> float:
     value = record.get(name)
     if value is None:
         return absent
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LONGEST:  # also NaN
         raise DataError(f"{where}: {name} must be seconds, 0 or more, got {value!r:.40}")
     return float(value)
 
@@ -155,12 +166,5 @@ def _events(value: Any, where: str) -> tuple[tuple[str, float], ...]:
     try:
         events = json.loads(value) if isinstance(value, str) and value else value or ()
         return tuple((str(name), float(at)) for name, at in events)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         raise DataError(f"{where}: a list of [event, seconds] is needed, got {str(value)[:60]!r}") from None
-
-
-def _inside(name: str, root: Path, where: str) -> Path:
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise DataError(f"{where}: the path {name[:80]!r} leaves the data set's folder")
-    return path

@@ -25,7 +25,7 @@ from pathlib import Path
 from ..errors import DataError
 
 TEXT, CATEGORY = ("prompt", "caption", "text"), ("category", "tag", "style")  # names of columns, in any case
-LONGEST_FIELD = 10_000_000  # bytes of one field of a .csv or .tsv
+LONGEST_FIELD = 10_000_000  # bytes of one field of a .csv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,11 @@ def read_prompts(path: str | Path, option: str = "evaluate.prompts") -> Prompts:
     prompts = _folder(path, option) if os.path.isdir(path) else _file(path, option)  # Path.is_dir may raise
     if not prompts.texts:
         raise DataError(f"{option}: {path} holds no prompt; write one prompt a line")
+    for text in (*prompts.texts, *(prompts.categories or ()), *(prompts.meanings or ())):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say
+            raise DataError(f"{option}: {path} holds {text[:60]!r}, which is no valid Unicode text") from None
     return prompts
 
 
@@ -85,8 +90,7 @@ def _number(name: str) -> tuple[int, str]:
 
 
 def _tsv(path: Path, lines: list[str], option: str) -> Prompts:
-    # without quoting: PartiPrompts has prompts with single straight quotes
-    rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = [line.split("\t") for line in lines]  # no quoting: PartiPrompts has prompts with single straight quotes
     header = [name.strip().lower() for name in rows[0]] if rows else []
     if "prompt" not in header:
         raise DataError(f'{option}: {path} line 1 names no column "Prompt", it has {header}')

@@ -70,7 +70,7 @@ class PredictedImage:
         return hashlib.sha256(json.dumps(identity(self.reward), sort_keys=True, default=str).encode()).hexdigest()
 
     def slope(self, x: Tensor, t: Tensor, x0: Tensor | None, prompts: Sequence[str], decode: Callable) -> Tensor:
-        """With respect to the predicted latent: the model's own Jacobian is left out (tailorpo.md 7.5)."""
+        """With respect to the predicted latent, without the Jacobian of the model, which would take a backward pass of it."""
         with torch.enable_grad():
             latent = x0.detach().requires_grad_()
             scores = self.reward(list(decode(latent)), prompts, **self._columns(t))

@@ -14,6 +14,7 @@ from .files import redact, write
 if TYPE_CHECKING:
     from .report import Run
 
+_MADE = {"pictures": ("text-to-image", "image", "images"), "clips": ("text-to-audio", "clip", "audios")}  # tag, words in code
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -61,16 +62,17 @@ def loading(run: Run) -> dict[str, str]:
     scheduler, options = _scheduler(run)
     names = sorted({"DiffusionPipeline", run.sampling.get("scheduler") or "DiffusionPipeline"})
     first = [f"from diffusers import {', '.join(names)}", ""]
-    picture = [*scheduler, f'image = pipe("a prompt"{options}).images[0]', ""]
+    _, one, many = _MADE[run.subject]
+    drawn = [*scheduler, f'{one} = pipe("a prompt"{options}).{many}[0]', ""]
     if run.rank is None:
-        return {"diffusers": "\n".join([*first, 'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")', *picture]),
+        return {"diffusers": "\n".join([*first, 'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")', *drawn]),
                 "comfyui": ""}
     fused = fused_name(run.fuse_lora) if run.fuse_lora else None
     code = [*first, f'pipe = DiffusionPipeline.from_pretrained("{_quoted(base)}")']
     if fused:
         code += [f'pipe.load_lora_weights("path/to/{_quoted(fused)}")  # it belongs to the base of these weights',
                  "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
-    code += ['pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")', *picture]
+    code += ['pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")', *drawn]
     comfy = next((name for name in run.files if name.endswith("_comfy.safetensors")), None)
     beside, strength = (f" and the LoRA {fused}", "strength 1.0 for both") if fused else ("", "strength 1.0")
     words = (f"Copy {comfy} into ComfyUI's models/loras (or A1111's models/Lora) and load it with the base model{beside}; "
@@ -97,8 +99,9 @@ def _scheduler(run: Run) -> tuple[list[str], str]:
 
 
 def _front_matter(run: Run) -> str:
-    tags = ["diffalign", "preference-alignment", "text-to-image", "diffusers", _slug(run.method)]
-    facts: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image",
+    task = _MADE[run.subject][0]
+    tags = ["diffalign", "preference-alignment", task, "diffusers", _slug(run.method)]
+    facts: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task,
                              "tags": [*tags, "lora"] if run.rank is not None else tags}
     if is_hub_id(run.base_model):
         facts["base_model"] = run.base_model

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .. import rng
 from ..errors import ConfigError, DataError
-from ..rewards.base import Reward, identity
+from ..rewards.base import Reward, identity, unlike
 from ..types import Sound
 from ..world import Single, World
 from .alarm import Alarm
@@ -299,7 +299,7 @@ def _rewards(spec: EvaluateSpec, training: Sequence[Reward] | None) -> dict[str,
     found = dict(spec.rewards)
     for reward in training or ():
         if reward not in found.values() and reward != spec.judge:
-            name = reward.name if reward.name not in found else f"{reward.name} (trained on)"
+            name = reward.name if reward.name not in found else unlike(f"{reward.name} (trained on)", found)
             found[name] = reward
     return found
 

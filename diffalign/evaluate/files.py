@@ -32,7 +32,12 @@ def clean(tree: Any) -> Any:
 
 
 def write_json(path: Path, tree: dict) -> None:
-    write(path, (json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_text(path, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write`` in UTF-8; a name of a file that is no Unicode is written with its odd bytes escaped, as JSON has it."""
+    write(path, text.encode(errors="backslashreplace"))
 
 
 def write(path: Path, content: bytes) -> None:

@@ -180,8 +180,10 @@ class Labels:
     def _histogram(self) -> dict | None:
         if not self.gaps:
             return None
-        counts, edges = np.histogram(self.gaps, bins=BINS)
         least, median, most = np.quantile(self.gaps, [0, 0.5, 1])
+        room = 0.5 if least == most else 0.0
+        # edges of our own: numpy refuses to make them where gaps lie closer than their size can be told apart
+        counts, edges = np.histogram(self.gaps, bins=np.linspace(least - room, most + room, BINS + 1))
         return {"of": self.reward.name if self.reward is not None else "scores", "counts": counts.tolist(),
                 "edges": [float(edge) for edge in edges], "least": float(least), "median": float(median), "most": float(most)}
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..rewards.base import as_pil
+from ..rewards.base import UNREADABLE, as_pil
 
 EDGE = 0.1         # change of luma per pixel, white being 1, that counts as an edge
 EDGE_SIDE = 256    # pixels: larger pictures are measured at this size, so that an edge is as steep at any resolution
@@ -175,7 +175,7 @@ def _peaks(profile: np.ndarray, period: int) -> float:
 def _decoded(image: Any) -> np.ndarray | None:
     try:
         return np.asarray(as_pil(image))
-    except (OSError, SyntaxError, Image.DecompressionBombError):  # what PIL raises for a truncated or broken file
+    except UNREADABLE:
         return None
 
 

@@ -26,7 +26,7 @@ from ..sampling.grid import WEBP_LIMIT, grid, save_grid, score_text
 from .card import loading
 from .compare import Comparison, Tile, statistics_dict
 from .curves import drawings, read_metrics
-from .files import clean, write, write_json
+from .files import clean, write, write_json, write_text
 from .sound import EXCERPT, player
 from .statistics import Paired
 
@@ -74,7 +74,7 @@ def write_report(folder: Path | str, run: Run, comparison: Comparison | None) ->
     report = build(run, comparison)
     if comparison is not None and comparison.tiles:
         write_grids(folder, run.title, comparison)
-    write(folder / "report.html", page(report, run, comparison).encode())
+    write_text(folder / "report.html", page(report, run, comparison))
     write_json(folder / "report.json", report)
     return report
 
@@ -138,7 +138,7 @@ def write_grids(folder: Path | str, title: str, comparison: Comparison, page: bo
             write(path, target.getvalue())
             written[path.name] = path
     if page:
-        write(folder / "grid.html", grid_page(title, comparison).encode())
+        write_text(folder / "grid.html", grid_page(title, comparison))
         written["grid.html"] = folder / "grid.html"
     return written
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..methods.base import Context
 from ..rewards.base import Reward, judged
 from ..sampling.generate import generate, picture_seed
@@ -28,7 +28,7 @@ from .medium import PICTURES, Medium
 from .preference import Margins, measure
 from .shards import blocks, exchange, packed, unpacked
 from .spec import EvaluateSpec
-from .statistics import Paired, bootstrap, paired
+from .statistics import Paired, paired, share_interval
 
 Draw = Callable[[list[str], list[int]], list[Any]]  # prompts, seeds -> pictures, or clips
 Place = tuple[int, int]  # a picture: row of its prompt, number of its seed
@@ -58,7 +58,10 @@ class Side:
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Side:
-        """arrays: of ``arrays``; others are left alone."""
+        """arrays: of ``arrays``; others are left alone. Raises DataError where one is missing."""
+        missing = [name for name in ("scores", "statistics", "spread") if name not in arrays]
+        if missing:
+            raise DataError(f"the arrays of a side lack {missing[0]}")
         names, scores = arrays.get("reward_names", ()), arrays.get("reward_scores", ())
         return cls(**{name: arrays[name] for name in ("scores", "statistics", "spread")}, margins=arrays.get("margins"),
                    rewards={str(name): row for name, row in zip(names, scores, strict=True)})
@@ -68,7 +71,11 @@ class Side:
 
     @classmethod
     def load(cls, path: Path) -> Side:
-        return cls.of(unpacked(path.read_bytes()))
+        """Raises DataError naming the file where it is damaged."""
+        try:
+            return cls.of(unpacked(path.read_bytes()))
+        except DataError as error:
+            raise DataError(f"{path}: {error}; remove it and make it again") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,11 +259,11 @@ def pair_margins(denoiser, batches: Iterable[Batch], *, seed: int, draws: int = 
 
 def implicit_accuracy(base: np.ndarray, runs: Sequence[np.ndarray], *, seed: int = 0,
                       resamples: int = 10_000) -> tuple[float, float, float]:
-    """Share of pairs whose winner gained more likelihood than the loser, with its 95 % interval over pairs; margins [P, D].
+    """Share of pairs whose winner gained more likelihood than the loser, with its 95 % interval over pairs (Wilson's where all
+    pairs have the same share); margins [P, D].
 
     Runs of several training seeds are pooled pair by pair. Defined for every method, whether or not it reads a reference.
     """
     gains = np.stack([(run.astype(np.float64) - base).mean(1) for run in runs])
     right = ((gains > 0) + 0.5 * (gains == 0)).mean(0)
-    (low, high), = bootstrap(right[None], seed=seed, resamples=resamples)
-    return float(right.mean()), low, high
+    return float(right.mean()), *share_interval(right, seed=seed, resamples=resamples)

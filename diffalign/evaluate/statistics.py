@@ -165,6 +165,15 @@ def bootstrap(rows: np.ndarray, *, seed: int, resamples: int) -> list[tuple[floa
     return [(float(low), float(high)) for low, high in np.quantile(means, [tail, 1 - tail], axis=0).T]
 
 
+def share_interval(shares: np.ndarray, *, seed: int, resamples: int) -> tuple[float, float]:
+    """95 % interval of the mean of shares [n] in [0, 1]: the bootstrap's; Wilson's where all are the same, since resampling
+    then shows no spread at all, which is not certainty.
+    """
+    if np.ptp(shares) == 0:
+        return wilson(float(shares[0]), len(shares))
+    return bootstrap(shares[None], seed=seed, resamples=resamples)[0]
+
+
 def _resampled(rows: np.ndarray, seed: int, resamples: int) -> np.ndarray:
     """Means of each row of [R, n] over resampled columns, [resamples, R]."""
     count = rows.shape[1]

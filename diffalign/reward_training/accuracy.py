@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy  # its parts load on first use
 
-from ..evaluate.statistics import bootstrap, wilson
+from ..evaluate.statistics import share_interval
 
 RESAMPLES = 10_000
 BINS = 5
@@ -37,9 +37,7 @@ def accuracy(margins: np.ndarray, target: np.ndarray, groups: Sequence[Hashable]
     target = np.asarray(target, np.float64)
     decided = target != 0.5
     shares = prompt_shares(margins, target, groups)
-    low, high = bootstrap(shares[None], seed=seed, resamples=RESAMPLES)[0]
-    if np.ptp(shares) == 0:  # resampling shows no spread at all, which is not certainty
-        low, high = wilson(float(shares[0]), len(shares))
+    low, high = share_interval(shares, seed=seed, resamples=RESAMPLES)
     return Accuracy(value=float(shares.mean()), low=low, high=high, pairs=int(decided.sum()), prompts=len(shares),
                     labelled_ties=int((~decided).sum()))
 
@@ -52,10 +50,14 @@ def prompt_shares(margins: np.ndarray, target: np.ndarray, groups: Sequence[Hash
     decided = target != 0.5
     if not decided.any():
         raise ValueError("an accuracy needs pairs that are no ties")
-    side = np.where(target > 0.5, margins, -margins)[decided]
-    right = np.where(np.isnan(side) | (abs(side) < TIE), 0.5, side > 0)
     _, number = np.unique(groups[decided], return_inverse=True)
-    return np.bincount(number, right) / np.bincount(number)
+    return np.bincount(number, ordered(margins[decided], target[decided])) / np.bincount(number)
+
+
+def ordered(margins: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Of decided pairs, [P]: 1 for one ordered as labelled, 0 for one ordered the other way, 1/2 for a predicted tie."""
+    side = np.where(target > 0.5, margins, -margins)
+    return np.where(np.isnan(side) | (abs(side) < TIE), 0.5, side > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ def calibration(margins: np.ndarray, target: np.ndarray) -> Calibrated:
     kept = (target != 0.5) & ~np.isnan(margins)
     side = np.where(target > 0.5, margins, -margins)[kept]
     order = np.argsort(abs(side), kind="stable")
-    confidence, right = scipy.special.expit(abs(side))[order], np.where(abs(side) < TIE, 0.5, side > 0)[order]
+    confidence, right = scipy.special.expit(abs(side))[order], ordered(margins[kept], target[kept])[order]
     bins = [(float(c.mean()), float(r.mean()), len(c))
             for c, r in zip(np.array_split(confidence, BINS), np.array_split(right, BINS), strict=True) if len(c)]
     total = max(1, len(side))

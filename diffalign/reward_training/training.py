@@ -24,12 +24,12 @@ from ..errors import ConfigError, DataError, ModelError, ResourceError
 from ..evaluate.files import clean, write_json
 from ..models.load import encoder_facts
 from ..rewards.backbone import Backbone, check_backbone, load_backbone
-from ..rewards.base import Reward, check, judged
+from ..rewards.base import Reward, check, judged, unlike
 from ..rewards.heads import LOSSES
 from ..rewards.learned import save_reward
 from ..rewards.towers import ClipSource
 from ..rewards.weights import on_device, sha256
-from .accuracy import accuracy, calibration
+from .accuracy import accuracy, calibration, ordered
 from .pairs import Pairs, balanced, decoded, read_pairs, set_apart
 from .predicted import Predicted
 from .spec import RewardRecipe
@@ -70,7 +70,6 @@ def train_reward(recipe: RewardRecipe, printer: Printer = print) -> dict:
         raise ResourceError(f"not enough memory on {on_device(recipe.device)} ({str(error).splitlines()[0]}); lower "
                             "batch_size or encode_batch_size") from None
     folder = Path(recipe.output_dir) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     save_reward(folder, head=recipe.head, module=trainer.head, changed=trainer.changed(), users=trainer.users, source=source,
                 init=trainer.init, time=backbone.time)
     write_json(folder / REPORT, report)
@@ -164,7 +163,7 @@ class Trainer:
                  "unit": "user" if self.recipe.head.pluralistic else "prompt",
                  "ties": {"handling": "labelled ties are left out of the accuracy; equal scores count one half",
                           "training": self.train.ties, "dropped": self.tally.ties if self.recipe.data.ties == "drop" else 0},
-                 "compare": {reward.name: self._compared(reward, groups) for reward in self.recipe.compare},
+                 "compare": self._others(groups),
                  "pairs": {"train": len(self.train), "stop": len(self.stop), "held_out": len(self.held)},
                  "bad_rows": self.tally.bad_rows + self.held_tally.bad_rows, "users": len(self.users),
                  "epochs": [asdict(epoch) for epoch in self.epochs], "init": self.init,
@@ -272,8 +271,8 @@ class Trainer:
         margins = self.margins(self.stop, "train")
         losses = LOSSES["logistic"](torch.from_numpy(margins), torch.from_numpy(self.stop.target))
         decided = self.stop.target != 0.5
-        right = (margins > 0) == (self.stop.target > 0.5)
-        return Epoch(number=number, loss=loss, stop_loss=float(losses.mean()), stop_accuracy=float(right[decided].mean()))
+        right = ordered(margins[decided], self.stop.target[decided])
+        return Epoch(number=number, loss=loss, stop_loss=float(losses.mean()), stop_accuracy=float(right.mean()))
 
     def _groups(self) -> list:
         """What the interval resamples: users for a pluralistic head, else prompts."""
@@ -281,10 +280,13 @@ class Trainer:
             return [str(user) for user in self.held.users]
         return self.held.prompt.tolist()
 
-    def _compared(self, reward: Reward, groups: list) -> dict:
-        """Another reward's agreement with the labels of the same pairs."""
-        margins = margins_of(reward, self.held, self.recipe.data, self.recipe.encode_batch_size)
-        return asdict(accuracy(margins, self.held.target, groups, seed=self.recipe.seed))
+    def _others(self, groups: list) -> dict[str, dict]:
+        """Other rewards' agreement with the labels of the same pairs."""
+        found: dict[str, dict] = {}
+        for reward in self.recipe.compare:
+            margins = margins_of(reward, self.held, self.recipe.data, self.recipe.encode_batch_size)
+            found[unlike(reward.name, found)] = asdict(accuracy(margins, self.held.target, groups, seed=self.recipe.seed))
+        return found
 
 
 def margins_of(reward: Reward, pairs: Pairs, spec: DataSpec, batch_size: int = 64) -> np.ndarray:

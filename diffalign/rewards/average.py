@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -58,26 +59,37 @@ def average_rewards(folders: Sequence[Path | str], output: Path | str) -> Path:
             raise ModelError(f"{folder}: {CONFIG} differs from that of {folders[0]} in {', '.join(different)}; only rewards "
                              "of one architecture can be averaged")
     average_files([folder / WEIGHTS for folder in folders], output / WEIGHTS)
-    (output / CONFIG).write_bytes((folders[0] / CONFIG).read_bytes())
+    with whole(output / CONFIG) as aside:
+        aside.write_bytes((folders[0] / CONFIG).read_bytes())
     return output
 
 
 def save_weights(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
-    """Written aside, flushed and renamed: under its name the file is whole or absent. Raises ResourceError."""
-    from safetensors import SafetensorError
+    """Raises ResourceError."""
     from safetensors.torch import save_file
+
+    with whole(target) as aside:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """What is written to the path that it gives is flushed and renamed: under its name the file is whole or absent. Raises
+    ResourceError."""
+    from safetensors import SafetensorError
 
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        yield aside
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, target)
     except (OSError, SafetensorError) as error:  # a full disk comes as the library's own error
         raise ResourceError(f"cannot write {target}: {error}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # or it would hide the error above, where the folder is a file
+            aside.unlink(missing_ok=True)
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

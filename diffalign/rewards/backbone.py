@@ -14,7 +14,7 @@ from ..errors import ModelError
 from ..models.load import loading
 from .preprocess import Preprocess
 from .step_aware import TimeConditioning
-from .towers import ClipSource, clip_tokenizer
+from .towers import ClipSource, clip_tokenizer, pooled
 
 
 class Backbone(nn.Module):
@@ -40,11 +40,11 @@ class Backbone(nn.Module):
         pictures = pictures.to(self.device)
         if self.time is not None:
             return F.normalize(self.time.pooled(self.clip, pictures, t.to(self.device)).float(), dim=-1)
-        return F.normalize(_pooled(self.clip.get_image_features(pixel_values=pictures)).float(), dim=-1)
+        return F.normalize(pooled(self.clip.get_image_features(pixel_values=pictures)).float(), dim=-1)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """N texts, cut at the model's length -> [N, width]."""
-        return F.normalize(_pooled(self.clip.get_text_features(self.tokenize(prompts).to(self.device))).float(), dim=-1)
+        return F.normalize(pooled(self.clip.get_text_features(self.tokenize(prompts).to(self.device))).float(), dim=-1)
 
 
 def load_backbone(source: ClipSource, device: torch.device, changed: Mapping[str, Tensor] | None = None, *,
@@ -82,8 +82,3 @@ def _replace(model: nn.Module, changed: Mapping[str, Tensor], where: Any) -> Non
             raise ModelError(f"{where}: has no layer {name} of shape {list(tensor.shape)}, which the trained reward replaces; "
                              "it is not the backbone that the reward was trained on")
     model.load_state_dict(dict(changed), strict=False)
-
-
-def _pooled(features: Any) -> Tensor:
-    """[N, width]; transformers 5 wraps it in an output object."""
-    return features if isinstance(features, Tensor) else features.pooler_output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ConfigError, DataError, ResourceError, RewardError, UserError
+
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a truncated or broken file
 
 
 class Reward(Protocol):
@@ -105,6 +107,11 @@ def identity(reward: Reward) -> dict[str, Any]:
         return {"name": reward.name, **(reward.identity() if hasattr(reward, "identity") else {})}
 
 
+def unlike(name: str, taken: Container[str]) -> str:
+    """The name, with a number behind it where it is ``taken``: two rewards of one kind would lose one's figures."""
+    return next(other for other in (name, *(f"{name} {n}" for n in range(2, 1000))) if other not in taken)
+
+
 def pixels(image: Any) -> Tensor:
     """One picture -> [3, H, W] float32 in [0, 1]. Gradients are kept when it is a float tensor.
 
@@ -145,5 +152,5 @@ def score_each(one, images: Iterable[Any], prompts: Sequence[str]) -> Tensor:
 def _or_nan(one, image: Any) -> Tensor:
     try:
         return torch.as_tensor(one(image), dtype=torch.float32)
-    except (OSError, SyntaxError, Image.DecompressionBombError):  # what PIL raises for a truncated or broken file
+    except UNREADABLE:
         return torch.tensor(torch.nan)

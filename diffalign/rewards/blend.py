@@ -2,8 +2,7 @@
 
 A score of NaN from any part makes the combination NaN: what one reward could not read is not known to be good. Statistics
 (mean, deviation, "good enough" level) are therefore fixed numbers, given as options or fitted once on sample pictures by the
-functions below. ``group_z_scores`` and ``vote_share`` compare the pictures of one prompt with each other; they build data and
-are no rewards.
+functions below. What compares a prompt's pictures with each other builds data and is no reward: ``building/utility.py``.
 
 Different rewards live on different scales (PickScore 18 to 23, HPSv2 0.2 to 0.35), so a plain sum is ruled by the widest.
 """
@@ -235,40 +234,6 @@ def _known(rewards: Sequence[Reward], images: Any, prompts: Sequence[str], colum
         if not len(known):
             raise ConfigError(f'reward "{reward.name}" could score none of the {len(list(prompts))} pictures')
     return scores
-
-
-# Among the pictures of one prompt: for building data.
-
-
-def group_z_scores(scores: Tensor) -> Tensor:
-    """scores [..., K] of the K pictures of a prompt -> the same shape: (score - mean) / std inside the group, ddof 0.
-
-    A group of equal scores is all zeros: rounding noise must not become an order. NaN stays NaN and is left out of the
-    statistics.
-    """
-    known = ~scores.isnan()
-    count = known.sum(-1, keepdim=True).clamp(min=1)
-    centred = torch.where(known, scores - torch.where(known, scores, 0).sum(-1, keepdim=True) / count, 0)
-    std = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-    low = torch.where(known, scores, torch.inf).amin(-1, keepdim=True)
-    high = torch.where(known, scores, -torch.inf).amax(-1, keepdim=True)
-    normalised = torch.where(high > low, centred / std, 0)
-    return torch.where(known, normalised, torch.nan)
-
-
-def vote_share(scores: Tensor) -> Tensor:
-    """scores [R, K] of R rewards on the K pictures of a prompt -> phi [K] in [0, 1]: wins over all rewards and opponents,
-    divided by R * (K - 1). Strictly greater wins, so scales do not matter (Syn-Pic; RankDPO, arXiv 2410.18013).
-
-    A picture that some reward could not score is NaN and nobody's opponent; with fewer than two left all are NaN.
-    """
-    known = ~scores.isnan().any(0)  # [K]
-    wins = (scores[:, :, None] > scores[:, None, :]) & known & known[:, None]  # [R, K, K]: column beaten by row
-    opponents = int(known.sum()) - 1
-    if opponents < 1:
-        return torch.full((scores.shape[1],), torch.nan)
-    share = wins.sum((0, 2)).float() / (scores.shape[0] * opponents)
-    return torch.where(known, share, torch.nan)
 
 
 # What pins the numbers.

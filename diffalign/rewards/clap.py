@@ -18,6 +18,7 @@ from torch import Tensor
 from ..models.load import loading
 from ..types import Sound
 from .sound import score_each_clip, waveform
+from .towers import pooled
 from .weights import folder_weights, model_folder, on_device, sha256
 
 FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "tokenizer*.json", "special_tokens_map.json",
@@ -56,10 +57,10 @@ class Clap:
         model, features, tokenizer = self._parts
         longest = model.config.text_config.max_position_embeddings - 2  # RoBERTa counts positions from 2
         words = tokenizer([prompt], return_tensors="pt", truncation=True, max_length=longest)
-        text = model.get_text_features(**words.to(model.device)).pooler_output
+        text = pooled(model.get_text_features(**words.to(model.device)))
         windows = segments(waveform(clip, features.sampling_rate), features.nb_max_samples)
         heard = features(windows, sampling_rate=features.sampling_rate, return_tensors="pt").to(model.device)
-        sound = model.get_audio_features(**heard).pooler_output
+        sound = pooled(model.get_audio_features(**heard))
         return float((sound @ text.T).mean())  # both have length 1
 
     @cached_property

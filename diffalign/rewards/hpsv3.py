@@ -30,8 +30,8 @@ from .. import _compat  # noqa: F401  (before transformers)
 from ..errors import ConfigError, ModelError
 from ..models.folder import read_json
 from ..models.load import loading
-from .base import as_pil
-from .preprocess import DEVIATION, MEAN, UNREADABLE
+from .base import UNREADABLE, as_pil
+from .preprocess import DEVIATION, MEAN
 from .weights import check_shapes, local_file, model_folder, on_device, sha256, shapes
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ModelError
 from ..models.folder import read_json
 from ..models.load import loading
-from .average import CONFIG, WEIGHTS, save_weights
+from .average import CONFIG, WEIGHTS, save_weights, whole
 from .backbone import Backbone, check_backbone, load_backbone
 from .heads import BradleyTerry, Head
 from .pal import PalAngle, PalDistance, fit_user
@@ -241,7 +241,7 @@ class Pal(_Learned):
 def save_reward(folder: Path, *, head: Head, module: nn.Module, changed: dict[str, Tensor], users: Sequence[str],
                 source: ClipSource, init: str, time: TimeConditioning | None = None) -> None:
     """config.json and model.safetensors, each whole or absent. changed: trained layers by the CLIPModel's names. init: hash of
-    all weights before the first step, which averaging compares. time: of a step-aware reward.
+    all weights before the first step, which averaging compares. time: of a step-aware reward. Raises ResourceError.
     """
     weights = {f"head.{name}": value for name, value in module.state_dict().items()}
     weights |= {f"backbone.{name}": value for name, value in changed.items()}
@@ -250,9 +250,8 @@ def save_reward(folder: Path, *, head: Head, module: nn.Module, changed: dict[st
     facts = {"format": FORMAT, "backbone": source.model, "backbone_revision": source.revision,
              "backbone_sha256": sha256(source.files), "head": {"kind": kind_of(head), **asdict(head)}, "users": list(users),
              "step_aware": time is not None}
-    aside = folder / f".{CONFIG}.tmp"
-    aside.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(folder / CONFIG)
+    with whole(folder / CONFIG) as aside:
+        aside.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def kind_of(head: Head) -> str:

@@ -20,8 +20,7 @@ from .. import _compat  # noqa: F401  (before transformers)
 from ..errors import ModelError
 from ..models.folder import read_json
 from ..models.load import loading
-from .base import as_pil
-from .preprocess import UNREADABLE
+from .base import UNREADABLE, as_pil
 from .remote import Reading, exchange
 from .service import Service
 from .weights import folder_weights, model_folder, on_device, sha256, shapes

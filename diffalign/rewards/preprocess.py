@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .base import as_pil, pixels
+from .base import UNREADABLE, as_pil, pixels
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)   # of CLIP's training pictures, red, green, blue
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)   # what PIL raises for a truncated or broken file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,10 +28,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from .base import as_pil
+from .base import UNREADABLE, as_pil
 from .service import Refusal, Service, report
 
 LARGEST = torch.finfo(torch.float32).max
@@ -244,18 +243,18 @@ def as_png(image: Any) -> str | None:
     target = io.BytesIO()
     try:
         as_pil(image).save(target, "PNG", compress_level=1)
-    except (OSError, SyntaxError, Image.DecompressionBombError):
+    except UNREADABLE:
         return None
     return base64.b64encode(target.getvalue()).decode()
 
 
 def said(reply: Any) -> str:
-    """The text of the first choice of a chat completion; Refusal where the reply has another form."""
+    """The text of the first choice of a chat completion, half letters replaced; Refusal where the reply has another form."""
     try:
         said = reply["choices"][0]["message"]["content"]
     except (TypeError, LookupError):
         raise Refusal("its reply is not a chat completion") from None
-    return said if isinstance(said, str) else ""
+    return said.encode(errors="replace").decode() if isinstance(said, str) else ""
 
 
 def _scores(readings: list[Reading]) -> Tensor:

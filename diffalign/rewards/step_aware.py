@@ -1,4 +1,4 @@
-"""SPO's step-aware preference model: a CLIP whose picture tower knows the noise level (arXiv 2406.04314; spo.md 2a).
+"""SPO's step-aware preference model: a CLIP whose picture tower knows the noise level (arXiv 2406.04314).
 
 It reads the picture that the denoiser predicts at that level, not the noisy latent: a blurred one is judged as what it is.
 """
@@ -15,8 +15,8 @@ class TimeConditioning(nn.Module):
     """Adaptive layer norms of a CLIP's picture tower: every block's two norms are scaled and shifted by the time and its two
     branches gated, and the last norm is scaled and shifted; (1 + scale) x + shift. Starts as the tower without it.
 
-    The released constructor fills all six numbers with 1, also scale and shift, which only its own initialisation mends
-    (spo.md 7.4); here gates are 1 and the others 0 from the start.
+    The released constructor fills all six numbers with 1, also scale and shift, which only its own initialisation mends;
+    here gates are 1 and the others 0 from the start.
     """
 
     def __init__(self, width: int, blocks: int):

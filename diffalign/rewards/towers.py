@@ -106,8 +106,8 @@ class ClipSource:
             model = CLIPModel.from_pretrained(self.folder, use_safetensors=True, local_files_only=True)
             tokenize = clip_tokenizer(self.tokenizer_folder, model.config.text_config.max_position_embeddings)
         model = model.to(device, dtype).eval().requires_grad_(False)
-        return Towers(image=lambda x: F.normalize(_pooled(model.get_image_features(x.to(device, dtype))), dim=-1),
-                      text=lambda texts: F.normalize(_pooled(model.get_text_features(tokenize(texts).to(device))), dim=-1),
+        return Towers(image=lambda x: F.normalize(pooled(model.get_image_features(x.to(device, dtype))), dim=-1),
+                      text=lambda texts: F.normalize(pooled(model.get_text_features(tokenize(texts).to(device))), dim=-1),
                       scale=model.logit_scale.exp().item(), size=model.config.vision_config.image_size)
 
     def _load_open_clip(self, device: torch.device, dtype: torch.dtype) -> Towers:
@@ -157,7 +157,7 @@ def empty_clip(folder: Path) -> Any:
         return CLIPModel(CLIPConfig.from_dict(config))
 
 
-def _pooled(features: Any) -> Tensor:
+def pooled(features: Any) -> Tensor:
     """[B, D]; transformers 5 wraps it in an output object."""
     return features if isinstance(features, Tensor) else features.pooler_output
 

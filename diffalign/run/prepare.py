@@ -9,7 +9,7 @@ from ..config import Recipe
 from ..data.check import check as look_at
 from ..errors import ConfigError
 from ..evaluate.check_page import page
-from ..evaluate.files import clean, write, write_json
+from ..evaluate.files import clean, write_json, write_text
 from ..evaluate.labels import Examples, Labels
 from ..likelihood import CodeLikelihood
 from ..models.load import encoder_facts
@@ -65,7 +65,7 @@ def check(recipe: Recipe, printer: Printer = silent) -> dict:
     for problem in found["problems"]:
         printer(f"problem: {problem}")
     write_json(output_dir / "check.json", clean(found))
-    write(output_dir / "check.html", page(recipe.data.path, found, labels.examples.kinds()).encode())
+    write_text(output_dir / "check.html", page(recipe.data.path, found, labels.examples.kinds()))
     printer(f"pairs to look at: {output_dir / 'check.html'}")
     return found
 

@@ -15,11 +15,12 @@ from ..evaluate.report import Run
 from ..likelihood import CodeLikelihood, LatentScores, MaskedELBO, implied_nats
 from ..models.spec import LANGUAGE_MODEL, LATENT_REWARD
 from ..objectives import title_of
+from .parts import made_by
 
 Printer = Callable[[str], None]  # takes one line of text: ``print`` for people, nothing for programs
 SUMMARY, LORA_FILE, PIPELINE = "train.json", "pytorch_lora_weights.safetensors", "pipeline"
 TRAINED = "config.resolved.yaml"  # the recipe that a run was trained with
-_SUBJECTS = {MaskedELBO: "answers", CodeLikelihood: "clips"}  # what a model makes, where it makes no pictures
+_SUBJECTS = {MaskedELBO: "answers", CodeLikelihood: "clips"}  # what a language model makes
 
 
 def silent(_: str) -> None:
@@ -57,7 +58,7 @@ def run_of(recipe: Recipe, facts: dict) -> Run:
                data=recipe.data.path, rank=lora.rank if lora else None, beta=_beta(recipe),
                seed=recipe.seed, pairs=facts["pairs"], steps=facts["step"], train_seconds=facts["seconds"],
                total_seconds=facts.get("total_seconds", facts["wall_seconds"]), heldout=facts["heldout"],
-               subject=_SUBJECTS.get(type(recipe.likelihood), "pictures"),
+               subject=_SUBJECTS.get(type(recipe.likelihood)) or made_by(recipe),
                metrics=output_dir / "metrics.jsonl", config=as_tree(recipe), files=tuple(files),
                command=f"diffalign train {shlex.quote(str(output_dir / TRAINED))}")
 

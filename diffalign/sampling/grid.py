@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -31,7 +31,7 @@ class _Layout:
     margin: int = 28
     gap: int = 14
     text: int = 16
-    label: int = field(default=17)
+    label: int = 17
 
     @property
     def prompt_width(self) -> int:

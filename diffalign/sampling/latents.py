@@ -21,11 +21,11 @@ from ..types import Cond, carried
 class Sampler:
     """ddim: deterministic, in ``steps`` equal steps from noise to image. lcm: the image is predicted and noised afresh at
     every level (LCM, DMD2). ancestral: DDPM's posterior, which is Euler-ancestral (SDXL-Turbo), its standard deviation times
-    eta (DDIM's). timesteps: the levels, diffusers' numbers, 0 to 999,
-    falling, as distilled models want them; they take the place of ``steps``.
+    eta (DDIM's). timesteps: the levels, diffusers' numbers, 0 to 999, falling, as distilled models want them; they take the
+    place of ``steps``.
 
     guidance_scale: 1 has none, one pass a step; else two. Methods that learn from their own samples should leave it at 1, or
-    they learn the guided distribution (seppo.md section 7.7).
+    they learn the guided distribution.
     """
 
     steps: int = 20

@@ -96,6 +96,16 @@ def test_what_cannot_be_exported(voted, tmp_path):
     assert not (tmp_path / "out" / "metadata.jsonl").exists() and not (tmp_path / "none.sqlite").exists()
 
 
+def test_a_gallery_is_not_replaced_by_its_export(voted):
+    spec, _ = voted
+    table = read_gallery(spec.gallery).table
+    own = table.rename(table.with_name("metadata.jsonl"))
+    before = own.read_bytes()
+    with pytest.raises(DataError, match="the gallery's own table"):
+        export(spec, own.parent)
+    assert own.read_bytes() == before
+
+
 def test_votes_on_other_pictures_are_not_mixed_up(voted, tmp_path):
     """A database of another gallery: the picture is missing, and is not replaced by one of the same name."""
     spec, _ = voted

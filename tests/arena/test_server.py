@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
+from diffalign.arena import server
+from diffalign.arena.ballots import Ballots
 from diffalign.arena.gallery import read_gallery
 from diffalign.arena.server import HEADER, LARGEST_BODY, Arena
 from diffalign.arena.spec import ArenaSpec
-from diffalign.arena.store import Store
+from diffalign.arena.store import Record, Store
 from diffalign.errors import ConfigError
 
 from .toy import Client, gallery
@@ -116,6 +119,22 @@ def test_a_voter_sees_every_prompt_and_no_set_twice(opened, folder):
         status, told = client.vote(shown["ballot"])
         shown = told["next"]
     assert len(seen) == len(set(seen)) == 20 and len({prompt for prompt, _ in seen[:4]}) == 4
+
+
+@pytest.mark.parametrize("seeded, sets", [(True, 3), (False, 9)])
+def test_all_pictures_of_a_model_come_before_all_is_judged(seeded, sets, tmp_path):
+    """2 models with 3 pictures each of one prompt: 3 sets where the table pairs them by seed, else 3 x 3."""
+    table = gallery(tmp_path / "g", models=2, prompts=1, seeds=3) / "gallery.jsonl"
+    if not seeded:
+        rows = [json.loads(line) for line in table.read_text().splitlines()]
+        table.write_text("\n".join(json.dumps({name: row[name] for name in ("prompt", "model", "image")}) for row in rows))
+    found = read_gallery(table)
+    for seed in range(8):
+        ballots, shown = Ballots(found, ArenaSpec(gallery=str(table), seed=seed)), []
+        while ballot := ballots.next("ana", len(shown)):
+            shown.append(frozenset(ballot.images))
+            ballots.learn(Record(ballot=ballot, outcome="skipped", ranks=None, cast_at=""))
+        assert len(shown) == len(set(shown)) == sets
 
 
 def test_votes_go_where_they_are_needed(arena, client):
@@ -306,6 +325,15 @@ def test_bodies_that_are_no_votes(arena, client, body, headers, status):
     assert found == status and set(json.loads(answer)) == {"error"} and arena.store.records() == []
 
 
+def test_addresses_that_are_none(arena, client, capfd):
+    """A stranger's request is no reason for a traceback in the terminal."""
+    with socket.create_connection(("127.0.0.1", int(client.host.rpartition(":")[2]))) as raw:
+        raw.sendall(b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert raw.recv(12) == b"HTTP/1.1 400"
+    assert client.ask("POST", "/api/vote", {}, {"Origin": "http://["})[0] == 400
+    assert capfd.readouterr().err == ""
+
+
 def test_other_methods_and_addresses(client):
     assert client.ask("PUT", "/")[0] == 501 and client.ask("OPTIONS", "/api/vote")[0] == 501
     assert client.ask("POST", "/", {})[0] == 404 and client.ask("GET", "/api/vote")[0] == 404
@@ -379,6 +407,20 @@ def test_standings(arena, client):
     assert all(row.separable for row in table.ratings.rows) and page.count(">open<") == 10  # nobody lost out of order
     assert table is arena.standings()
     assert table.score("model-0") > table.score("model-4") and table.wins[0, 4] == 1
+
+
+def test_nobody_waits_with_a_vote_for_the_standings(arena, client, monkeypatch):
+    """They are fits to a thousand resamples."""
+    begun, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(server, "standings", lambda *args, **options: (begun.set(), go_on.wait(20)))
+    other = threading.Thread(target=arena.standings, daemon=True)
+    other.start()
+    assert begun.wait(20)
+    try:
+        assert client.vote(client.start()["ballot"])[0] == 200 and other.is_alive()
+    finally:
+        go_on.set()
+        other.join(20)
 
 
 def test_votes_on_models_that_left_still_count(opened, tmp_path, folder):

@@ -348,14 +348,16 @@ def chat(cls, url, **options):
 
 
 def test_chat_critic_and_instructor():
-    replies = {"one": "It is dark.\nVerdict: faults", "two": "Fine.\n**Verdict: none**", "three": "It is dark", "four": None}
+    replies = {"one": "It is dark.\nVerdict: faults", "two": "Fine.\n**Verdict: none**", "three": "It is dark", "four": None,
+               "five": "Half of a letter: \ud83d.\nVerdict: faults"}
     asked, answer = answering(lambda text, image: replies[text.rsplit("[", 1)[1][:-1]])
     image = Image.new("RGB", (8, 8), "red")
     with server(answer) as address:
-        said = chat(ChatCritic, base(address))(list(replies), [image] * 4)
+        said = chat(ChatCritic, base(address))(list(replies), [image] * 5)
     assert said[0] == "It is dark.\nVerdict: faults" and said[1].startswith("Fine")
     assert said[2] == Failure(reason="the critique does not end in a verdict")
     assert said[3].again and "HTTP 400" in said[3].reason
+    assert said[4] == "Half of a letter: ?.\nVerdict: faults"  # what no table and no tokenizer could hold
     assert all(url.startswith("data:image/png;base64,") for _, url in asked)
     edits = {"a": '["make it brighter", "add a hat"]', "b": "[]", "c": '```json\n["x"]\n```', "d": "Make it brighter.",
              "e": '["1","2","3","4"]', "f": '["a\\nb"]', "g": '{"edits": []}', "h": '["' + "x" * 400 + '"]', "i": "[" * 5000}

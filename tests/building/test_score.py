@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+import tarfile
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -76,6 +77,14 @@ def test_scores_are_aligned_with_the_pictures_and_the_rest_is_kept(table):
     assert facts["rewards"]["bright"]["scored"] == 200
 
 
+def test_a_column_that_is_no_whole_unicode_is_kept(table):
+    """The first half of a surrogate pair, which JSON can say and UTF-8 cannot."""
+    table.write_text(json.dumps({"prompt": "p", "image": "pictures/3.png", "label": 1, "note": "cut \ud83d"}) + "\n")
+    run.score(spec(table))
+    (found,) = lines(table.with_name("data.scored.jsonl"))
+    assert found["note"] == "cut \ud83d" and found["score_bright"] == pytest.approx(level(30))
+
+
 def test_the_scored_table_is_a_data_set_and_the_folder_still_means_the_table(table):
     run.score(spec(table))
     for path in (table.with_name("data.scored.jsonl"), table.parent):
@@ -128,6 +137,15 @@ def test_a_folder_of_pictures_with_and_without_prompts(tmp_path):
                      {"image": "sub/a.png", "prompt": "a dark thing", "score_bright": pytest.approx(level(50))}]
     assert facts["without_prompt"] == 1 and any("1 rows have no prompt" in line for line in said)
     assert run.score(spec(tmp_path))["rows"] == 2  # its own files are no data
+
+
+def test_a_folder_with_a_name_that_is_no_unicode(tmp_path):
+    """Such as an old archive of Latin-1 names leaves."""
+    name = os.fsdecode(b"caf\xe9.png")
+    write_png(tmp_path / "d" / name, 50)
+    run.score(spec(tmp_path / "d"))
+    (found,) = lines(tmp_path / "d" / "pictures.scored.jsonl")
+    assert found["image"] == name and found["score_bright"] == pytest.approx(level(50))
 
 
 def test_a_build_folder(tmp_path, monkeypatch):
@@ -260,6 +278,33 @@ class Broken:
 
     def __call__(self, images, prompts):
         raise AssertionError("nothing may be scored")
+
+
+@pytest.mark.parametrize("name", ["data", "data/part-*.tar"])
+def test_scores_of_other_rows_are_not_taken_for_those_of_a_folder_or_of_shards(tmp_path, name):
+    """As many rows as before, in files of the same names."""
+    def fill(value: int) -> None:
+        (tmp_path / "data").mkdir(exist_ok=True)
+        for number in range(2):
+            png = write_png(tmp_path / "a.png", value + number)
+            if name.endswith("tar"):
+                with tarfile.open(tmp_path / "data" / f"part-{number}.tar", "w") as archive:
+                    archive.add(png, f"{number}.jpg_0.png")
+                    archive.add(png, f"{number}.jpg_1.png")
+            else:
+                pq.write_table(pa.table({"jpg_0": [png.read_bytes()], "jpg_1": [png.read_bytes()]}),
+                               tmp_path / "data" / f"train-{number}.parquet")
+
+    fill(10)
+    own = spec(tmp_path / name, output=str(tmp_path / "out.jsonl"))
+    run.score(own)
+    first = lines(tmp_path / "out.jsonl")
+    assert run.score(own)["rows"] == 2 and first[0]["score_bright"] == pytest.approx([level(10)] * 2)
+    fill(200)
+    with pytest.raises(ConfigError, match="data: is .* begun with"):
+        run.score(own)
+    run.score(replace(own, overwrite=True))
+    assert lines(tmp_path / "out.jsonl")[1]["score_bright"] == pytest.approx([level(201)] * 2)
 
 
 def test_the_command_with_two_processes(table):

@@ -10,6 +10,8 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -117,6 +119,25 @@ def test_a_changed_picture_is_noticed(tmp_path):
     (tmp_path / "pictures" / "chosen2.png").write_bytes(picture(77))
     report, encoders = build(path, tmp_path, encoders=ToyEncoders())
     assert report.encoded_images == 1 and Cache(report.manifest).identity != first.identity
+
+
+def test_the_named_parts_of_a_folder_are_not_taken_for_each_other(tmp_path):
+    """data.name picks the tables by the folder's README, which may change."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, name in enumerate("ab"):
+        rows = [{"prompt": f"{name} {i}", "chosen": picture(10 * number + i), "rejected": picture(100 + 10 * number + i)}
+                for i in range(2)]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+
+    def read(files: str, name: str) -> str:
+        parts = "".join(f"- config_name: {part}\n  data_files: {file}.parquet\n" for part, file in zip("xy", files))
+        if not (folder / "README.md").is_file() or parts not in (folder / "README.md").read_text():
+            (folder / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+        return Cache(build(folder, tmp_path, name=name)[0].manifest).prompt(0)
+
+    assert [read("ab", "x"), read("ab", "y"), read("ab", "x")] == ["a 0", "b 0", "a 0"]
+    assert read("ba", "x") == "b 0"
 
 
 def test_identity_is_of_the_content(tmp_path):

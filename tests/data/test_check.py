@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -188,6 +189,15 @@ def test_gaps_of_the_data_and_no_reward(tmp_path):
     assert [one.gap for one in labels.examples.kinds()["widest"]] == [2.75, 1.75]
     plain, labels = looked(tmp_path, [("p", 9, 5)], reward=None)
     assert plain["gaps"] is None and plain["source_models"] == {} and list(labels.examples.kinds()) == ["random"]
+
+
+@pytest.mark.parametrize("gaps, counts", [([1e17, 1e17], 2), ([0.1, np.nextafter(0.1, 1), 0.1], 3), ([0.0], 1)])
+def test_gaps_that_are_all_but_equal_have_a_histogram(gaps, counts):
+    labels = Labels(None, Examples(0))
+    labels.gaps += gaps
+    found = labels.result()["gaps"]
+    assert sum(found["counts"]) == counts and found["edges"][0] <= found["least"] <= found["most"] <= found["edges"][-1]
+    assert "nan" not in histogram(found)
 
 
 def test_source_models(tmp_path):

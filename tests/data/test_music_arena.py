@@ -64,7 +64,11 @@ def test_lines(tmp_path):
     ({"total_listening_time_a": -1}, "total_listening_time_a must be seconds"),
     ({"duration_b": math.nan}, "duration_b must be"),
     ({"listen_data_a": "[1, 2]"}, "listen_data_a: a list of"),
-    ({"audio_b": "../../etc/passwd"}, "leaves the data set's folder")])
+    ({"audio_b": "../../etc/passwd"}, "leaves the data set's folder"),
+    ({"audio_b": "a\0b"}, "leaves the data set's folder"), ({"audio_b": 5}, "0.json: audio_b is no text"),
+    ({"feedback": 7}, "feedback is no text"), ({"prompt": "\ud83d"}, "prompt is missing or no text"),
+    ({"user_pseudonym": ["x"]}, "user_pseudonym is no text"), ({"duration_a": 10**400}, "duration_a must be"),
+    ({"listen_data_a": "[" * 100_000}, "listen_data_a: a list of")])
 def test_bad_battles(tmp_path, change, match):
     with pytest.raises(DataError, match=match):
         list(read_votes(release(tmp_path, change), Heard()))

@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -109,6 +110,16 @@ def test_flips_are_exact_nested_and_swap_the_scores(tmp_path):
             assert noisy["label_0"][i] == (1 - source["label_0"][i] if changed[i] else source["label_0"][i])
         flipped[share] = set(np.flatnonzero(changed))
     assert flipped[0.1] < flipped[0.2] < flipped[0.4]
+
+
+def test_rows_without_a_label_are_not_flipped(tmp_path):
+    """Half of the four labelled rows are flipped, and nothing else changes."""
+    rows = {"jpg_0": [b""] * 8, "jpg_1": [b""] * 8, "caption": ["a"] * 8, "label_0": [1.0, 0.0, 1.0, 0.0, None, 0.0, 1.0, 0.0],
+            "has_label": [True, True, True, None, True, False, False, False]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    assert flip_labels(tmp_path / "t.parquet", tmp_path / "flipped.parquet", 0.5) == 2
+    noisy = pq.read_table(tmp_path / "flipped.parquet").to_pydict()
+    assert noisy["label_0"][4:] == rows["label_0"][4:] and sum(a != b for a, b in zip(noisy["label_0"], rows["label_0"])) == 2
 
 
 # --- sides ----------------------------------------------------------------------------------------------------------

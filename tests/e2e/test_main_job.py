@@ -10,6 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import diffalign
@@ -201,6 +202,16 @@ def test_encode_and_check(small, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "groups a step" in out and "0 encoded now" in out
     assert (tmp_path / "run" / "check.png").exists() and not (tmp_path / "run" / "checkpoint-1").exists()
+
+
+def test_check_names_a_file_whose_name_is_no_unicode(small, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [{"prompt": "a", "chosen": "a.png", "rejected": name} for name in ("a.png", "gone\udce9.png")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = small(tmp_path, data={"path": str(tmp_path / "pairs.jsonl"), "validation": None, "bad_rows": "skip"})
+    assert main(["check", str(file)]) == 0
+    found = json.loads((tmp_path / "run" / "check.json").read_text())
+    assert "gone\udce9.png" in found["bad_rows"]["named"][0] and (tmp_path / "run" / "check.html").is_file()
 
 
 @pytest.mark.slow

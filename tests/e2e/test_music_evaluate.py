@@ -180,6 +180,9 @@ def test_a_whole_pipeline_of_sounds(sounds):
     path = sounds[1]
     whole = ["model.lora=null", f"output_dir={sounds[0] / 'whole'}", "train.max_train_steps=2", "data.validation=null"]
     train(load_recipe(path, whole))
+    card, page = ((sounds[0] / "whole" / name).read_text() for name in ("README.md", "report.html"))
+    assert "pipeline_tag: text-to-audio" in card and 'clip = pipe("a prompt").audios[0]' in card and "image" not in card
+    assert "No judge has compared clips" in card and "No judge has compared clips" in page
     report = evaluate(load_recipe(path, whole))
     assert report["comparison"]["statistics"]["difference"] != 0 and report["strengths"] is None
 

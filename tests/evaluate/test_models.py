@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffalign.errors import DataError
 from diffalign.evaluate import EvaluateSpec, Run, write_report
 from diffalign.evaluate.alarm import Alarm, Statistic
 from diffalign.evaluate.compare import Stage, compare, trained_on
@@ -137,6 +138,15 @@ def test_the_alarm_reads_what_was_optimised(found):
     assert found.alarms["aligned"].training.base == pytest.approx(0, abs=1e-6)  # two rewards: the base is where zero lies
 
 
+def test_optimised_rewards_of_one_kind_are_all_reported(found):
+    """Three settings of one class: none takes another's place, in the table or in what the alarm reads."""
+    training = [Compressibility(quality=quality) for quality in (50, 60, 70)]
+    both = compare(MODELS, found.prompts, spec(seed=0), training=training, progress=None)
+    assert both.trained == ("compressibility", "compressibility (trained on)", "compressibility (trained on) 2")
+    assert len({both.sides["base"].rewards[name].sum() for name in both.trained}) == 3
+    assert both.alarms["aligned"].training is not None
+
+
 HACKED = Alarm(fired=True, reasons=["brightness left the base's band"], notes=["few prompts"], prompts=30, diversity=None,
                training=None, judge=None, gap=None, doubted=False, statistics=[Statistic(
                    name="brightness", base=0.4, aligned=0.8, shift=1.6, low=1.4, high=1.8, band_low=-1.0, band_high=1.0,
@@ -257,6 +267,25 @@ def test_a_side_with_rewards_survives_its_file(tmp_path):
     assert list(again.rewards) == ["a/b", "c"] and np.isnan(again.scores).all() and made.statistics.shape == (9, 5, 2)
     assert all(np.array_equal(made.rewards[name], again.rewards[name]) for name in made.rewards)
     assert np.allclose(made.rewards["a/b"], made.statistics[0], atol=1e-6)  # brightness is the first statistic
+
+
+def test_a_damaged_side_is_one_line(tmp_path):
+    """Any flipped bits, any cut: the arrays or a DataError that names the file, and nothing else."""
+    file, random = tmp_path / "s.npz", np.random.default_rng(0)
+    scores = random.integers(0, 9, (40, 5)).astype(np.float32)
+    Side(scores=scores, statistics=scores[None], spread=scores[:, 0]).save(file)
+    whole, refused = file.read_bytes(), 0
+    for _ in range(500):
+        content = bytearray(whole)
+        for place in random.integers(0, 8 * len(whole), random.integers(1, 4)):
+            content[place // 8] ^= 1 << place % 8
+        file.write_bytes(content[:random.integers(len(content))] if random.random() < 0.2 else content)
+        try:
+            Side.load(file)
+        except DataError as error:
+            refused += 1
+            assert str(error).startswith(str(file)) and "\n" not in str(error)
+    assert refused > 300
 
 
 def test_blocks_do_not_depend_on_the_number_of_processes():

@@ -32,6 +32,7 @@ def test_lines_and_parti(tmp_path):
     path = write(tmp_path / "b.tsv", header + 'a "fox, red\tAnimals\tBasic\t\nhens\tAnimals\tBasic\tx\n')
     table = read_prompts(path)  # a lone straight quote, and a comma, are letters
     assert (table.texts, table.categories) == (['a "fox, red', "hens"], ["Animals", "Animals"])
+    assert len(read_prompts(write(tmp_path / "long.tsv", f"Prompt\n{'x' * 200_000}\n")).texts[0]) == 200_000
 
 
 def test_hpsv2_benchmark_and_test_split(tmp_path):
@@ -98,7 +99,9 @@ def test_other_tables(tmp_path):
     ("x.csv", "words\na\n", "names no column"), ("x.json", "[]", "holds no prompt"), ("x.parquet", "no", "cannot read"),
     ("x.json", "[" * 100_000, "is not readable JSON"), ("gone.txt", None, "cannot read .*gone.txt: No such file"),
     ("empty.txt", "\n \n", "holds no prompt"), ("t.tsv", "Text\nx\n", 'line 1 names no column "Prompt"'),
-    ("short.tsv", "Category\tPrompt\nx\n", "line 2 has no prompt")])
+    ("short.tsv", "Category\tPrompt\nx\n", "line 2 has no prompt"),
+    ("half.json", '["a", "b \\ud83d"]', "holds 'b .ud83d', which is no valid Unicode text"),
+    ("half.jsonl", '{"prompt": "a", "tag": "\\udc00"}', "no valid Unicode text")])
 def test_bad_files_are_one_line(tmp_path, name, content, words):
     path = tmp_path / name if content is None else write(tmp_path / name, content)
     with pytest.raises(DataError, match=words) as caught:

@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from diffalign.evaluate import statistics
+from diffalign.evaluate.sides import implicit_accuracy
 from diffalign.evaluate.statistics import bootstrap, holm, outcomes, paired, prompts_needed, sweep, wilson
 
 NAN = float("nan")
@@ -94,6 +95,12 @@ def test_unanimous_prompts_are_not_certainty():
     result = paired(column(0, 0, 0), column(1, 1, 1))
     assert result.win_rate_low == pytest.approx(0.4385, abs=1e-4)
     assert (result.win_rate_high, result.verdict) == (1.0, "undecided")
+
+
+def test_unanimous_pairs_are_not_certainty():
+    """8 of 8 pairs gained: Wilson's [8/(8 + 1.96^2), 1] = [0.6756, 1], where resampling would give [1, 1]."""
+    found = implicit_accuracy(np.zeros((8, 2)), [np.ones((8, 2))])
+    assert found == pytest.approx((1.0, 0.6756, 1.0), abs=1e-4)
 
 
 def test_ties_cannot_decide():

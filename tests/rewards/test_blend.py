@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from diffalign.config import as_tree, load_reward
@@ -25,8 +23,6 @@ from diffalign.rewards.blend import (
     ZScore,
     fit_references,
     fit_z_score,
-    group_z_scores,
-    vote_share,
 )
 from diffalign.rewards.rules import Brightness, Colourfulness, Compressibility
 from diffalign.rewards.scenes import SceneChecker
@@ -198,36 +194,6 @@ def test_a_part_that_fails_is_named_and_lists_of_numbers_are_scores():
     assert WeightedSum(rewards=(Part([1, 2]), Part([True, False])))([None, None], ["", ""]).tolist() == [2, 2]
     with pytest.raises(RewardError, match='reward "part" failed on 2 pictures .ZeroDivisionError'):
         judged(Minimum(rewards=(Part([1, 2]), Part(None))), [None, None], ["", ""])
-
-
-# Groups.
-
-
-def test_group_z_scores():
-    scores = torch.tensor([[21.0, 22, 23], [0.1, 0.1, 0.1], [NAN, 1, 3], [NAN, NAN, NAN], [NAN, 5, NAN]])
-    found = group_z_scores(scores)
-    assert found[0].tolist() == pytest.approx([-1.224745, 0, 1.224745], abs=1e-6)
-    assert found[1].tolist() == [0, 0, 0]  # 0.1 in float32: its mean differs from it, and noise over noise would be 1
-    assert found[2, 0].isnan() and found[2, 1:].tolist() == pytest.approx([-1, 1])
-    assert found[3].isnan().all() and found[4, 1] == 0
-
-
-def test_vote_share_is_that_of_the_card():
-    """Wins 0, 4, 5 of 2 rewards... 3 rewards x 2 opponents: phi 0, 0.6667, 0.8333, which sum to K / 2 without ties."""
-    phi = vote_share(torch.tensor([[0.2, 0.5, 0.9], [1, 3, 2], [10, 20, 30]]))
-    assert phi.tolist() == pytest.approx([0, 4 / 6, 5 / 6]) and phi.sum() == pytest.approx(1.5)
-    assert vote_share(torch.ones(2, 3)).tolist() == [0, 0, 0]  # a tie is nobody's win
-    lacking = vote_share(torch.tensor([[0.2, 0.5, 0.9], [1, NAN, 2]]))
-    assert lacking[1].isnan() and lacking[[0, 2]].tolist() == [0, 1]
-    assert vote_share(torch.tensor([[NAN, 1.0]])).isnan().all()
-
-
-@given(st.lists(st.lists(st.integers(-5, 5), min_size=4, max_size=4), min_size=1, max_size=4), st.permutations(range(4)))
-def test_vote_share_knows_neither_order_nor_scale(rows, order):
-    table = torch.tensor(rows, dtype=torch.float32)
-    phi = vote_share(table)
-    assert torch.allclose(vote_share(table[:, list(order)]), phi[list(order)])
-    assert torch.allclose(vote_share(table * 3 + 7), phi) and phi.sum() <= 2 + 1e-6
 
 
 # Calibration.

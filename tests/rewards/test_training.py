@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from diffalign.config import _build, load_reward, parse_yaml
 from diffalign.data.columns import Tally
 from diffalign.data.spec import DataSpec
-from diffalign.errors import ConfigError, DataError, ModelError
+from diffalign.errors import ConfigError, DataError, ModelError, ResourceError
 from diffalign.reward_training import RewardLora, RewardRecipe, train_reward
 from diffalign.reward_training.accuracy import accuracy, calibration
 from diffalign.reward_training.pairs import balanced, read_pairs, set_apart
@@ -23,7 +24,7 @@ from diffalign.rewards.average import average_rewards
 from diffalign.rewards.backbone import load_backbone
 from diffalign.rewards.heads import BradleyTerry, hinge, logistic
 from diffalign.rewards.learned import Learned
-from diffalign.rewards.rules import Brightness
+from diffalign.rewards.rules import Brightness, Compressibility
 from diffalign.rewards.towers import ClipSource
 
 from .toy_clip import flat, make_clip, write_pairs
@@ -213,6 +214,33 @@ def test_rewards_of_one_start_average_and_others_do_not(tmp_path, clip, pairs):
     assert not torch.allclose(one, other) and np.corrcoef(mean, one + other)[0, 1] > 0.9
     with pytest.raises(ModelError, match="differs from that of .* in head"):
         average_rewards([tmp_path / "a" / "reward", tmp_path / "c" / "reward"], tmp_path / "none")
+
+
+def test_pairs_set_apart_that_are_scored_alike_count_one_half(tmp_path, clip, pairs):
+    """Both pictures the same, the second preferred: nobody is right, on whichever side the label lies."""
+    rows = [{"jpg_0": 40, "jpg_1": 40, "label_0": 0.0, "caption": f"picture {i}"} for i in range(20)]
+    write_pairs(tmp_path / "same.jsonl", rows)
+    recipe = recipe_for(tmp_path / "out", clip, pairs, epochs=1, stop_share=0.5)
+    report = train_reward(replace(recipe, data=replace(recipe.data, path=str(tmp_path / "same.jsonl"))))
+    assert [epoch["stop_accuracy"] for epoch in report["epochs"]] == [0.5]
+
+
+def test_rewards_of_one_kind_are_compared_apart(tmp_path, clip, pairs):
+    twice = (Brightness(), Compressibility(quality=90), Compressibility(quality=10))
+    report = train_reward(recipe_for(tmp_path, clip, pairs, epochs=1, compare=twice))
+    assert list(report["compare"]) == ["brightness", "compressibility", "compressibility 2"]
+
+
+@pytest.mark.parametrize("name", ["reward", "reward/config.json", "reward/model.safetensors"])
+def test_what_cannot_be_written_is_one_line(tmp_path, clip, pairs, name):
+    """A file where the folder should be, or a folder where a file should be."""
+    if name == "reward":
+        (tmp_path / name).write_text("")
+    else:
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(ResourceError, match=f"cannot write .*{name}"):
+        train_reward(recipe_for(tmp_path, clip, pairs, epochs=1))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_early_stopping_keeps_the_best_epoch(tmp_path, clip, pairs):

@@ -1,4 +1,4 @@
-"""Multi-preference consistent filtering: pairs whose label several rewards bear out (LPO, arXiv 2502.01051; lpo_lrm.md 2c)."""
+"""Multi-preference consistent filtering: pairs whose label several rewards bear out (LPO, arXiv 2502.01051)."""
 
 from __future__ import annotations
 
