@@ -80,6 +80,17 @@ Several GPUs: accelerate launch -m diffalign train CONFIG ...
 Recipes to start from lie in configs/."""
 
 
+class _Once(argparse.Action):
+    """Of two values argparse would take the last without a word."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        given = vars(namespace).setdefault("given", set())
+        if self.dest in given:
+            parser.error(f"argument {option_string}: is given twice; keep one")
+        given.add(self.dest)
+        setattr(namespace, self.dest, value)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffalign", description="Preference alignment for diffusion models.",
                                      epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         for switch, meaning in known.switches:
             command.add_argument(f"--{switch}", action="store_true", help=meaning)
         for setting, kind, default, meaning in known.settings:
-            command.add_argument(f"--{setting}", type=kind, default=default, metavar=setting.upper(), help=meaning)
+            command.add_argument(f"--{setting}", type=kind, default=default, metavar=setting.upper(), help=meaning,
+                                 action=_Once)
         command.add_argument("--rewards-from", metavar="FILE.py", action="append", default=[],
                              help="make the rewards of a Python file of yours known under their names (it is run)")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -104,6 +104,7 @@ def test_checkpointing_in_float16_can_be_counted(how):
 
 @pytest.mark.parametrize("words, message", [
     ((TINY, "--gpu", "voodoo"), "--gpu: no card called 'voodoo'; known are b200, h200"),
+    ((TINY, "--json", "."), "cannot write .: "), ((TINY, "--json", "/"), "cannot write /: "),
     ((TINY, "--gpus", "0"), "--gpus must be at least 1"),
     ((TINY, "--efficiency", "1.5"), "--efficiency must be above 0 and at most 1"),
     ((TINY, "--gpu", "t4", "train.mixed_precision=bf16"), "train.mixed_precision: a t4 has no bfloat16"),
@@ -116,6 +117,12 @@ def test_what_it_cannot_plan(capsys, words, message):
     assert main(["plan", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_a_card_given_twice(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", TINY, "--gpu", "h100", "--gpu", "4090"])
+    assert "argument --gpu: is given twice" in capsys.readouterr().err
 
 
 MEASURE = """
