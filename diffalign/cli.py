@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from . import __version__
-from .errors import UserError
+from .errors import ResourceError, UserError
 
 GRACE = 3.0  # seconds in which a launcher ends the other processes after one has failed
 
@@ -128,6 +129,15 @@ def _quiet_libraries() -> None:
         import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
+def _check_temporary() -> None:
+    """Libraries ask for it while they are imported, with an error of their own where every disk is full."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ResourceError(f"no folder for temporary files can be written in ({error.strerror}); free some space, or name "
+                            "one in TMPDIR") from None
+
+
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """key=value may stand anywhere, behind --rewards-from FILE too, where argparse itself takes no more of them."""
     parser = _parser()
@@ -145,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _sturdy_output():
         try:
             _quiet_libraries()
+            _check_temporary()
             from . import config, run, world  # here, so that --help needs no torch
             for file in args.rewards_from:
                 config.rewards_from(file)

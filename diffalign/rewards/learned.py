@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, ResourceError
 from ..models.folder import read_json
 from ..models.load import loading
 from .average import CONFIG, WEIGHTS, save_weights
@@ -241,7 +241,7 @@ class Pal(_Learned):
 def save_reward(folder: Path, *, head: Head, module: nn.Module, changed: dict[str, Tensor], users: Sequence[str],
                 source: ClipSource, init: str, time: TimeConditioning | None = None) -> None:
     """config.json and model.safetensors, each whole or absent. changed: trained layers by the CLIPModel's names. init: hash of
-    all weights before the first step, which averaging compares. time: of a step-aware reward.
+    all weights before the first step, which averaging compares. time: of a step-aware reward. Raises ResourceError.
     """
     weights = {f"head.{name}": value for name, value in module.state_dict().items()}
     weights |= {f"backbone.{name}": value for name, value in changed.items()}
@@ -251,8 +251,11 @@ def save_reward(folder: Path, *, head: Head, module: nn.Module, changed: dict[st
              "backbone_sha256": sha256(source.files), "head": {"kind": kind_of(head), **asdict(head)}, "users": list(users),
              "step_aware": time is not None}
     aside = folder / f".{CONFIG}.tmp"
-    aside.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(folder / CONFIG)
+    try:
+        aside.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.replace(folder / CONFIG)
+    except OSError as error:
+        raise ResourceError(f"cannot write {folder / CONFIG}: {error.strerror or error}") from None
 
 
 def kind_of(head: Head) -> str:

@@ -10,7 +10,7 @@ import sys
 import datasets
 import pytest
 
-from diffalign.data.columns import Tally, files_below, normalised, read_rows
+from diffalign.data.columns import Tally, files_below, normalised, nothing_left, read_rows
 from diffalign.data.spec import DataSpec
 from diffalign.errors import DataError
 
@@ -150,6 +150,18 @@ def test_sources_that_are_none(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_folder_of_two_tables_is_not_guessed(tmp_path):
+    """The one JSONL would be read and the parquet left out without a word; what our commands write beside is no table."""
+    pairs(tmp_path, 3)
+    for ours in ("scores.parquet", "records.parquet", "pairs.scored.jsonl"):
+        pickapic(tmp_path / ours, [1.0])
+    assert len(read(tmp_path)) == 3
+    pickapic(tmp_path / "more.parquet", [1.0, 0.0])
+    with pytest.raises(DataError, match=r"several kinds \(pairs.jsonl, more.parquet\), of which one would be read; give that"):
+        read(tmp_path)
+    assert len(read(tmp_path / "pairs.jsonl")) == 3 and len(read(tmp_path / "more.parquet")) == 2
+
+
 @pytest.mark.parametrize("path", ["../secret.png", "a/../../secret.png", "/etc/passwd", "..\\secret.png", "C:\\x.png",
                                   "link.png", "x\0.png", "http://host/x.png", "file:///etc/passwd", "a" * 5000, "~/x.png", ""])
 def test_paths_stay_in_the_folder(tmp_path, path):
@@ -212,6 +224,10 @@ def test_validation_is_split_by_prompt(tmp_path):
     assert len(train) + len(held) == 60 and 3 <= len({row.prompt for row in held}) <= 10
     assert not {row.prompt for row in train} & {row.prompt for row in held}
     assert {row.id for row in held} != {row.id for row in read(path, part="validation", validation_share=0.3, seed=6)}
+    tally = Tally()
+    assert not read(path, tally, validation_share=0.999)
+    said = str(nothing_left(spec(path, validation_share=0.999), tally, "train"))
+    assert "no train group is left of 60 rows" in said and "data.validation_share=0.999 gave the others" in said
     other = pairs(tmp_path, 3, name="held.jsonl")
     assert len(read(path, part="validation", validation=str(other))) == 3 and len(read(path, validation=str(other))) == 60
 
