@@ -547,6 +547,8 @@ def _is_option(annotation) -> bool:
 
 
 def _leaf(annotation, value: object, path: str):
+    if isinstance(value, str) and typing.get_origin(_optional(annotation) or annotation) is tuple:
+        raise ConfigError(f"{path}: expected a list, such as {path.rpartition('.')[2]}=[{value[:40]}], got {_show(value)}")
     try:
         result = TypeAdapter(annotation).validate_python(value, strict=False if isinstance(value, list) else None)
     except ValidationError as error:

@@ -76,6 +76,8 @@ def test_a_written_tree_reads_back(path):
     ("train.mixed_precision=bf32", "train.mixed_precision: "),
     ("data.ties=keep", "data.ties: "),
     ("objective=3", "objective: expected a kind"),
+    ("train.report_to=wandb", "train.report_to: expected a list, such as report_to=[wandb], got 'wandb'"),
+    ("model.lora.target_modules=to_q", "model.lora.target_modules: expected a list, such as target_modules=[to_q]"),
     ("nonsense", "'nonsense': an override is key=value"), (".seed=1", "'.seed=1': an override is key=value"),
     ("train..cpu=true", "'train..cpu=true': an override is key=value"),
     ("data.path.x=1", "data.path: "),
