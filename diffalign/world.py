@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,8 +86,9 @@ def world_of(accelerator) -> World:
 
 
 def raise_together(world: World, error: Exception | None, kind: type[Exception] = UserError) -> None:
-    """Every rank raises when one has an error: its own, or the first of the others as ``kind``."""
-    messages = [text for text in world.gather("" if error is None else str(error) or repr(error)) if text]
+    """Every rank raises when one has an error: its own, or the first of the others as ``kind``. A bug is named by its type."""
+    said = "" if error is None else str(error) if isinstance(error, UserError) and str(error) else repr(error)
+    messages = [text for text in world.gather(said) if text]
     if error is not None:
         raise error
     if messages:
@@ -94,11 +96,14 @@ def raise_together(world: World, error: Exception | None, kind: type[Exception] 
 
 
 def together(world: World, action: Callable[[], str | None], kind: type[UserError] = UserError) -> list[str]:
-    """The texts of every rank's ``action``, by rank. Where one raises an error of ``kind``, all do; any other is a bug."""
+    """The texts of every rank's ``action``, by rank. Where one raises, all do: its own error, ``kind`` on the others.
+
+    Bugs, too: the others would otherwise wait for it until the launcher ends them.
+    """
     text, error = None, None
     try:
         text = action()
-    except kind as failure:
+    except Exception as failure:
         error = failure
     raise_together(world, error, kind)
     return world.gather(text or "")
@@ -138,6 +143,20 @@ def is_cut(x: Tensor) -> bool:
 def local(x: Tensor) -> Tensor:
     """This process's rows of a cut tensor, in the same memory and without gradient; any other tensor, detached."""
     return x.detach().to_local() if is_cut(x) else x.detach()
+
+
+def part(x: Tensor) -> tuple[int, ...]:
+    """Which rows of a cut tensor this process holds: equal where processes hold the same ones. () for any other tensor."""
+    if not is_cut(x):
+        return ()
+    return tuple(here for here, placement in zip(x.device_mesh.get_coordinate(), x.placements) if placement.is_shard())
+
+
+def copies(x: Tensor) -> int:
+    """How many processes hold the same rows of a cut tensor. 1 for any other tensor."""
+    if not is_cut(x):
+        return 1
+    return math.prod(size for size, placement in zip(x.device_mesh.shape, x.placements) if placement.is_replicate())
 
 
 def whole(x: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ import numpy as np
 import pyarrow as pa
 
 from .. import rng
-from ..errors import DataError, ResourceError, UserError
-from ..world import Single, World, together
+from ..errors import DataError, ResourceError
+from ..world import Single, World, on_first, together
 from . import buckets as shapes
 from .cache import INDEX, UNCONDITIONAL, VERSION, Cache, prompt_key, short
 from .columns import ImageRef, Row, Tally, files_below, nothing_left, read_rows, refuse_or_skip, source_path
@@ -104,10 +104,12 @@ def encode(spec: DataSpec, encoders_factory: Callable[[], object], *, cache_dir:
         return loaded[0]
 
     def find() -> str:
-        job = _Job(spec, part, seed, resolution, facts or encoders(), Path(cache_dir), world)
+        job = _Job(spec, part, seed, resolution, facts or encoders(), Path(cache_dir), world, *source)
         made.extend([job, job.found()])
         return "found" if made[1] else ""
 
+    # asked for once: a disk or hub that changes meanwhile must not give the processes two names for one cache
+    source = json.loads(on_first(world, lambda: json.dumps(_source(spec, part))))
     # what one process does not see, all build again: they must take the same turn, and most of it is there
     found = all(together(world, find))
     job, report = made
@@ -117,9 +119,10 @@ def encode(spec: DataSpec, encoders_factory: Callable[[], object], *, cache_dir:
 
 
 class _Job:
-    """One call of ``encode``: its arguments, where its stores lie and the name of its manifest."""
+    """One call of ``encode``: its arguments, where its stores lie, the name of its manifest. source, sure: see ``_source``."""
 
-    def __init__(self, spec: DataSpec, part: str, seed: int, resolution: int, facts: Facts, folder: Path, world: World):
+    def __init__(self, spec: DataSpec, part: str, seed: int, resolution: int, facts: Facts, folder: Path, world: World,
+                 source: list, sure: bool):
         self.spec, self.part, self.seed, self.facts, self.world = spec, part, seed, facts, world
         self.buckets = shapes.buckets(resolution, facts.spatial_factor, spec.aspect_ratio_buckets)
         self.mirrors = (False, True) if spec.random_flip else (False,)
@@ -132,7 +135,7 @@ class _Job:
             raise ResourceError(f"{self.sets}: cannot make the cache folder ({error.strerror}); set data.cache_dir") from None
         sweep(self.sets)
         sweep(self.sets, "looks-")
-        self.source, self.sure = _source(spec, part)
+        self.source, self.sure = source, sure
         self.id = short([VERSION, part, resolution, facts.family, facts.spatial_factor, sorted(names.values()), self.source,
                           *self._options()])
         self.manifest = self.sets / f"{self.id}.json"
@@ -168,23 +171,20 @@ def _build(job: _Job, encoders: Callable, progress: bool) -> dict:
     looks = [job.sets / f"looks-{run}-{rank}.json" for rank in range(job.world.size)]
     tally, ledger, made = Tally(), Ledger(job.sets), []
 
+    def scan() -> str:
+        made.append(_Encoding(job, ledger, encoders))
+        _scan(job, ledger, made[0], tally, looks, progress)
+        return json.dumps({key.hex(): why for key, why in made[0].failed.items()})
+
     def finish() -> None:
-        made.append(_finished(job, work, ledger, failed, tally))
+        made.append(_finished(job, made[0], ledger, failed, tally))
 
     with ExitStack() as stack:
         stack.callback(looks[job.world.rank].unlink, missing_ok=True)
         together(job.world, lambda: _look_at_share(job, stack.enter_context(ledger), looks))
-        work, fatal = None, None
-        try:
-            work = _Encoding(job, ledger, encoders)
-            _scan(job, ledger, work, tally, looks, progress)
-        except UserError as error:
-            if job.world.size == 1:
-                raise
-            fatal = str(error)
-        failed = _failures(job.world, fatal, {} if work is None else work.failed)
+        failed = {key: why for text in together(job.world, scan, DataError) for key, why in json.loads(text).items()}
         together(job.world, finish)
-    return made[0]
+    return made[1]
 
 
 def _scan(job: _Job, ledger: Ledger, work: _Encoding, tally: Tally, looks: list[Path], progress: bool) -> None:
@@ -440,16 +440,6 @@ class _Encoding:
         if self.job.spec.bad_rows == "refuse":
             raise DataError(why)
         self.failed[key] = why
-
-
-def _failures(world: World, fatal: str | None, failed: dict[bytes, str]) -> dict[str, str]:
-    """key -> why, of all processes. Raises the first fatal one, the same on every rank."""
-    own = {"fatal": fatal, "failed": {key.hex(): why for key, why in failed.items()}}
-    found = [json.loads(text) for text in world.gather(json.dumps(own))]
-    for one in found:
-        if one["fatal"] is not None:
-            raise DataError(one["fatal"])
-    return {key: why for one in found for key, why in one["failed"].items()}
 
 
 def _drop_failed(job: _Job, work: _Encoding, ledger: Ledger, failed: dict[str, str], tally: Tally) -> None:

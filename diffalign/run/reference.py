@@ -19,7 +19,7 @@ from ..config import Recipe, as_tree
 from ..data.cache import Cache, short
 from ..data.reference import ReferenceErrors, prepare, write
 from ..data.sources import Stored
-from ..errors import DataError, UserError
+from ..errors import DataError
 from ..likelihood import DenoisingELBO
 from ..methods import Context
 from ..models.base import Denoiser
@@ -28,7 +28,7 @@ from ..objectives import title_of
 from ..process import CURRENT
 from ..train.feed import to_device
 from ..types import Batch
-from ..world import Single, raise_together, world_of
+from ..world import Single, together, world_of
 from . import parts
 
 VERSION = 2  # of everything that decides a number and is not in the identity: order, keys, noising, norms, the error itself
@@ -116,19 +116,17 @@ def measure(recipe: Recipe, cache: Cache, accelerator, say: Say) -> dict:
     stored = parts.stored_of(replace(recipe, train=whole), cache, Single())
     folder = folder_of(recipe, cache, stored, accelerator.device)
     groups = stored.order.groups_per_step
-    missing, error = [], None
-    try:
+
+    def own() -> str:
         prepare(folder)
         there = ReferenceErrors(folder)
         steps = [step for step in range(spec.max_train_steps) if _block(step, groups) % world.size == world.rank]
         missing = [step for step in steps if there.holds(step * groups, (step + 1) * groups) < groups]
         if missing:
             _measure(missing, recipe, stored, folder, accelerator)
-    except UserError as failure:
-        error = failure
-    raise_together(world, error, DataError)
-    counts = {"groups": spec.max_train_steps * groups,
-              "measured": sum(int(text) for text in world.gather(str(len(missing) * groups)))}
+        return str(len(missing) * groups)
+
+    counts = {"groups": spec.max_train_steps * groups, "measured": sum(map(int, together(world, own, DataError)))}
     say(f"reference: errors of {counts['groups']} groups ({counts['measured']} measured now) in {folder.name}")
     return counts
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import ResourceError, UserError
 from ..process import CURRENT
 from ..types import Batch, Loss
-from ..world import Single, World, is_cut, local
+from ..world import Single, World, copies, is_cut, local, part
 
 SAMPLE = 65_536  # elements of a tensor that movement is measured on; every LoRA tensor is smaller
 AGREEMENT = 1e-3  # largest difference of two weight sets at the start, relative to the prediction's root mean square
@@ -120,7 +120,7 @@ class Start:
 
     def distance(self, params: dict[str, Tensor]) -> float:
         """Norm of the change of all trainable weights; exact for LoRA, estimated for tensors above SAMPLE elements."""
-        squares = [(_sample(p) - self.values[name].to(p.device)).double().square().mean() * local(p).numel()
+        squares = [(_sample(p) - self.values[name].to(p.device)).double().square().mean() * local(p).numel() / copies(p)
                    for name, p in params.items() if local(p).numel()]
         total = torch.stack(squares).sum() if squares else self.values[next(iter(params))].new_zeros((), dtype=torch.double)
         return self.world.sum(total).sqrt().item()
@@ -190,17 +190,20 @@ def disagreement_error(apart: dict[str, float]) -> TrainingError | None:
 def check_same_weights(world: World, params: dict[str, Tensor]) -> None:
     """Raise TrainingError on all ranks unless every rank holds the same bits. params: float32 tensors by name.
 
-    A sum of the bit patterns as integers: any single flipped bit changes it. Cut tensors have no twin to compare with.
+    A sum of the bit patterns as integers: any single flipped bit changes it. Parts of cut tensors are compared with their
+    copies on other machines, where there are some.
     """
-    params = {name: p for name, p in params.items() if not is_cut(p)}
-    if not params:
-        return
-    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params.values()]).tolist()
-    ranks = [json.loads(text) for text in world.gather(json.dumps(sums))]
-    for name, *values in zip(params, *ranks):
-        if len(set(values)) > 1:
-            raise TrainingError(f"the processes hold different weights in {name}: a fault of memory or network, or a "
-                                "forward that bypassed DDP; resume from the checkpoint before")
+    sums = torch.stack([local(p).view(torch.int32).sum(dtype=torch.int64) for p in params.values()]).tolist()
+    held = part(next(iter(params.values())))
+    twins: dict[str, list[list[int]]] = {}
+    for text in world.gather(json.dumps([held, sums])):
+        where, found = json.loads(text)
+        twins.setdefault(str(where), []).append(found)
+    for same in twins.values():
+        for name, *values in zip(params, *same):
+            if len(set(values)) > 1:
+                raise TrainingError(f"the processes hold different weights in {name}: a fault of memory or network, or a "
+                                    "forward that bypassed DDP; resume from the checkpoint before")
 
 
 @contextmanager

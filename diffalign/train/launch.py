@@ -10,7 +10,7 @@ import torch
 from .. import _compat  # noqa: F401  (accelerate imports transformers)
 from ..errors import ConfigError
 from .identity import flatten
-from .sharding import check_launch
+from .sharding import PARALLELISM, check_launch
 from .spec import TrainSpec
 
 PATIENCE = timedelta(hours=2)  # one rank may encode, validate or save while the others wait
@@ -26,7 +26,7 @@ def make_accelerator(spec: TrainSpec, output_dir: Path):
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, patch_environment
     cpu = spec.cpu or not torch.cuda.is_available()
     if spec.mixed_precision == "fp16" and cpu:
         raise ConfigError("train.mixed_precision: fp16 needs a CUDA device, whose gradients can be scaled; use bf16 or no")
@@ -38,8 +38,9 @@ def make_accelerator(spec: TrainSpec, output_dir: Path):
     AcceleratorState._reset_state()  # a second run in this process may use another precision; process groups are kept
     # no buffer is trained, and broadcasting them would hang when ranks validate unlike numbers of batches
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Accelerator(cpu=cpu, mixed_precision=spec.mixed_precision, log_with=list(spec.report_to) or None,
-                       project_dir=str(output_dir), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), ddp])
+    with patch_environment(**{PARALLELISM: "false"}):  # the cutting is ours, on the CPU too, where accelerate refuses it
+        return Accelerator(cpu=cpu, mixed_precision=spec.mixed_precision, log_with=list(spec.report_to) or None,
+                           project_dir=str(output_dir), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), ddp])
 
 
 def _check_trackers(spec: TrainSpec) -> None:

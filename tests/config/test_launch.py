@@ -26,13 +26,15 @@ def variables(name: str, *more: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name, sharded, reshard", [("ddp", False, None), ("fsdp2", True, "true"), ("zero2", True, "false"),
-                                                    ("multi_node", False, None)])
+                                                    ("multi_node", False, None), ("hsdp", True, "true")])
 def test_accelerate_reads_our_configurations(monkeypatch, name, sharded, reshard):
-    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if not k.startswith(("FSDP", "ACCELERATE"))})
-    more = ("--machine_rank", "1", "--main_process_ip", "10.0.0.1") if name == "multi_node" else ()
+    theirs = ("FSDP", "ACCELERATE", "PARALLELISM")
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if not k.startswith(theirs)})
+    several = name in ("multi_node", "hsdp")
+    more = ("--machine_rank", "1", "--main_process_ip", "10.0.0.1") if several else ()
     found = variables(name, *more)
-    assert found["multi_gpu"] == "True" and found["machines"] == ("2" if name == "multi_node" else "1")
-    os.environ.update(found)
+    assert found["multi_gpu"] == "True" and found["machines"] == ("2" if several else "1")
+    os.environ.update(found, WORLD_SIZE="16" if several else "8")
     assert is_asked() == sharded
     check_launch(toy.spec())  # nothing that the loop refuses
     if sharded:
@@ -40,7 +42,7 @@ def test_accelerate_reads_our_configurations(monkeypatch, name, sharded, reshard
 
 
 def test_no_configuration_is_left_out():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"ddp", "fsdp2", "zero2", "multi_node"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"ddp", "fsdp2", "zero2", "multi_node", "hsdp"}
 
 
 def fake(folder: Path, name: str, script: str) -> str:
@@ -56,7 +58,8 @@ def launch(script: str, *args: str, **variables: str):
                           cwd=ROOT, timeout=60)
 
 
-SAY = 'echo "$* | ${RANK:-} ${LOCAL_RANK:-} ${WORLD_SIZE:-} ${MASTER_ADDR:-} ${FSDP_RESHARD_AFTER_FORWARD:-}"'
+SAY = ('echo "$*" "|" ${RANK:-} ${LOCAL_RANK:-} ${WORLD_SIZE:-} ${MASTER_ADDR:-} ${FSDP_RESHARD_AFTER_FORWARD:-} '
+       '${PARALLELISM_CONFIG_DP_REPLICATE_SIZE:-} ${PARALLELISM_CONFIG_DP_SHARD_SIZE:-}')
 
 
 def test_torchrun_on_one_machine_and_on_several(tmp_path):
@@ -65,23 +68,27 @@ def test_torchrun_on_one_machine_and_on_several(tmp_path):
     assert one.stdout.split("|")[0].split() == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
                                                 "diffalign", "train", "CONFIG", "a=1"]
     assert one.stdout.endswith("false\n")
-    four = launch("torchrun.sh", "train", "CONFIG", PYTHON=python, PROCESSES="8", NODES="4", HEAD="node1").stdout
+    four = launch("torchrun.sh", "train", "CONFIG", PYTHON=python, PROCESSES="8", NODES="4", HEAD="node1",
+                  SHARDING="hsdp").stdout
+    assert four.endswith("| true 4 8\n")
     assert "--nnodes 4 --rdzv_backend c10d --rdzv_id diffalign --rdzv_endpoint node1:29500 --nproc_per_node 8" in four
-    for wrong, said in (({"SHARDING": "zero9"}, "choose none, fsdp2 or zero2"), ({"NODES": "2"}, "set HEAD"),
+    for wrong, said in (({"SHARDING": "zero9"}, "choose none, fsdp2, zero2 or hsdp"), ({"NODES": "2"}, "set HEAD"),
                         ({"PROCESSES": "0"}, "no GPU found")):
         result = launch("torchrun.sh", "train", "CONFIG", **{"PYTHON": python, "PROCESSES": "2", **wrong})
         assert result.returncode != 0 and said in result.stderr
 
 
-@pytest.mark.parametrize("code, requeued", [(0, False), (2, False), (75, True)])
-def test_slurm_starts_a_process_a_task_and_queues_again_what_was_stopped(tmp_path, code, requeued):
+@pytest.mark.parametrize("code, requeued, sharding, said", [(0, False, "fsdp2", "true"), (2, False, "none", ""),
+                                                           (75, True, "hsdp", "true 2 8")])
+def test_slurm_starts_a_process_a_task_and_queues_again_what_was_stopped(tmp_path, code, requeued, sharding, said):
     python = fake(tmp_path, "my_python", f"{SAY}\nexit {code}")
     fake(tmp_path, "srun", 'shift\ncode=0\nfor i in 0 1; do SLURM_PROCID=$((8 + i)) SLURM_LOCALID=$i "$@" || code=$?; done\n'
                            'exit $code')
     fake(tmp_path, "scontrol", 'if [ "$1" = show ]; then printf "node1\\nnode2\\n"; else echo "scontrol $*"; fi')
     result = launch("slurm.sbatch", "train", "CONFIG", PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=python,
                     SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NODELIST="node[1-2]", SLURM_JOB_ID="77", SLURM_NTASKS="16",
-                    SLURM_NTASKS_PER_NODE="8", SHARDING="fsdp2")
+                    SLURM_NTASKS_PER_NODE="8", SHARDING=sharding)
     lines = result.stdout.splitlines()
-    assert lines[:2] == ["-m diffalign train CONFIG | 8 0 16 node1 true", "-m diffalign train CONFIG | 9 1 16 node1 true"]
+    assert [line.rstrip() for line in lines[:2]] == [f"-m diffalign train CONFIG | {rank} {rank - 8} 16 node1 {said}".rstrip()
+                                                     for rank in (8, 9)]
     assert (lines[2:] == ["scontrol requeue 77"]) == requeued and result.returncode == code, result.stderr

@@ -362,6 +362,14 @@ def test_processes_that_do_not_see_the_same_take_one_turn(tmp_path, monkeypatch)
     assert shards(tmp_path / "cache") == before
 
 
+def test_a_source_that_changes_meanwhile_has_one_name(tmp_path, monkeypatch):
+    """As a data set of the hub, whose commit each process would otherwise ask for by itself."""
+    path, asked, ends = pairs(tmp_path, 4), count(), []
+    monkeypatch.setattr(encoding, "_source", lambda *args: (["a data set", next(asked)], True))
+    Together(2).run(lambda rank: ends.append(build(path, tmp_path, world=rank)[0]))
+    assert len({end.manifest for end in ends}) == 1 and next(asked) == 1
+
+
 @pytest.mark.parametrize("owner, name", [(encoding._Job, "__init__"), (ledger.Ledger, "__enter__"), (encoding, "_scan"),
                                          (encoding, "_write_set")])
 def test_an_error_of_one_process_ends_all(tmp_path, monkeypatch, owner, name):

@@ -34,7 +34,8 @@ def fill(folder: Path, rows: int) -> Path:
     """The set that ``encode`` would write for so many pairs, each of new pictures and a new prompt; without decoding any."""
     folder.mkdir(parents=True)
     (folder / "rows.jsonl").write_text("")
-    job = encoding._Job(spec(folder / "rows.jsonl"), "train", 0, 16, ToyEncoders(), folder / "cache", encoding.ALONE)
+    job = encoding._Job(spec(folder / "rows.jsonl"), "train", 0, 16, ToyEncoders(), folder / "cache", encoding.ALONE,
+                        [], True)
     latent = {"mean": np.zeros((4, 4, 4), np.float32), "std": np.ones((4, 4, 4), np.float32)}
     text = {"tokens": np.zeros((5, 6), np.float32), "pooled": np.zeros(6, np.float32)}
     with Ledger(job.sets) as ledger:

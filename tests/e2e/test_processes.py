@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from diffalign.cli import main
 from diffalign.data import store
@@ -56,6 +57,17 @@ def killed(own: Path, size: int, *words, folder: Path, pattern: str, count: int)
 
 def files(folder: Path, pattern: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob(pattern)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The same number in every process: a matrix product rounds otherwise with another. Accelerate divides the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from diffalign.errors import UserError
 from diffalign.train import TrainingError
 from diffalign.train.guard import check_same_weights
 from diffalign.train.launch import make_accelerator
-from diffalign.world import raise_together, world_of
+from diffalign.world import on_first, raise_together, world_of
 
 from ..ranks import join
 from . import toy
@@ -47,11 +47,11 @@ class Before:
 
 
 def refusal(action):
-    """The text and exit code of the user error that ``action`` raises."""
+    """The text and exit code of the error that ``action`` raises; None for a bug's code."""
     try:
         action()
-    except UserError as error:
-        return [type(error).__name__, str(error), error.exit_code]
+    except Exception as error:
+        return [type(error).__name__, str(error), error.exit_code if isinstance(error, UserError) else None]
     return None
 
 
@@ -101,6 +101,7 @@ def scenarios(folder: Path, rank: int) -> dict:
     found["flip"] = refusal(lambda: check_same_weights(world, bank.trainable()))
     found["together"] = refusal(lambda: raise_together(world, TrainingError("mine") if rank == 1 else None,
                                                               TrainingError))
+    found["bug"] = refusal(lambda: on_first(world, lambda: {}["x"], TrainingError))
     return found
 
 

@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.timeout(600),  # and the first block, before which not
               pytest.mark.filterwarnings("ignore:Full backward hook is firing")]
 QUICK = ("full", "lora")  # by default; four processes run all
 CUT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+COPIES = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+          "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,7 @@ def two(one, tmp_path_factory):
 def four(one, tmp_path_factory):
     for name in set(cut.SCENARIOS) - set(QUICK):
         cut.train(one / "one", one / "pipeline", name)
+    cut.train(one / "ended-cut", one / "pipeline", "full_copies", steps=1)
     return run(tmp_path_factory.mktemp("four"), one, 4, cut.SCENARIOS)
 
 
@@ -89,6 +92,15 @@ def test_four_processes_equal_one(four, name):
     assert_equal_one(four, name, 4)
 
 
+@pytest.mark.slow
+def test_copies_of_cut_weights_are_compared(four):
+    """Processes 0 and 2 hold the first half, 1 and 3 the second; process 1 then changes its own."""
+    for rank in range(4):
+        found = json.loads((four / f"result-{rank}.json").read_text())["copied"]
+        assert (found["part"], found["copies"], found["rows"]) == ([rank % 2], 2, 0.5)
+        assert len(found["said"]) == 1 and "the processes hold different weights in" in found["said"][0]
+
+
 def files(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{path.name}/{name}": tensor for path in sorted(folder.glob("*.safetensors"))
             for name, tensor in load_file(path).items()}
@@ -111,6 +123,13 @@ def test_one_process_hands_over_to_two(two):
     assert apart(two / "ended-cut" / "full", two / "one" / "full") < 1e-6
 
 
+@pytest.mark.slow
+def test_one_process_hands_over_to_two_copies(four):
+    assert checkpoints(four / "ended-cut" / "full_copies")[-1].name == f"checkpoint-{cut.STEPS}"
+    for group in ("weights", "ema"):
+        assert apart(four / "ended-cut" / "full_copies", four / "one" / "full_copies", group) < 1e-6
+
+
 def test_two_processes_hand_over_to_one(two):
     cut.train(two / "begun-cut", two / "pipeline", "full")
     assert apart(two / "begun-cut" / "full", two / "one" / "full") < 1e-6
@@ -124,6 +143,9 @@ def test_two_processes_hand_over_to_one(two):
     ({**CUT, "FSDP_VERSION": "1"}, {}, "fsdp_version 1 is not supported"),
     ({**CUT, "FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params is not supported"),
     ({**CUT, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "train.gradient_checkpointing=true"),
+    ({**CUT, **COPIES, "WORLD_SIZE": "4", "PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, "config_tp_size 2 is not supported"),
+    ({**CUT, **COPIES, "WORLD_SIZE": "8"}, {}, "replicate_size 2 times dp_shard_size 2 must be the 8 processes"),
+    ({**CUT, **COPIES, "WORLD_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "1"}, {}, "whole weights: configs/acc"),
     (CUT, {"optimizer": "adafactor"}, "train.optimizer: adafactor cannot work on weights that FSDP2 has cut"),
 ])
 def test_what_accelerate_was_told_and_the_loop_does_not_do_is_refused(monkeypatch, tmp_path, variables, changes, said):

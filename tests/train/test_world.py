@@ -124,6 +124,7 @@ def test_one_flipped_bit_is_found(pair):
         assert result["same"] is None
         assert result["flip"][0] == "TrainingError" and "leave.weight" in result["flip"][1]
         assert result["together"] == ["TrainingError", "mine", 2]
+    assert [result["bug"] for result in pair["results"]] == [["KeyError", "'x'", None], ["TrainingError", "KeyError('x')", 2]]
 
 
 def test_a_failing_rank_ends_the_other(pair):
