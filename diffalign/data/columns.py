@@ -707,7 +707,8 @@ def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
     if folder.is_dir():
         return _undecoded(datasets.load_dataset(path, name=spec.name, split=split, streaming=True))
     if not _is_hub(path):
-        raise DataError(f"{path}: no such file or folder")
+        several = "; a pattern is read for tar shards only, other tables together are a folder" if set("*?{") & set(path) else ""
+        raise DataError(f"{path}: no such file or folder{several}")
     found = datasets.load_dataset(path, name=spec.name, split=split, revision=spec.revision, streaming=spec.streaming)
     return _undecoded(found if spec.streaming else found.to_iterable_dataset())
 

@@ -144,6 +144,7 @@ def test_sources_that_are_none(tmp_path):
     for path, words in ((tmp_path / "d.parquet", "cannot be read as a data set"), (tmp_path / "d.md", "unknown kind of file"),
                         (tmp_path / "d.json", "no JSON file"), (tmp_path / "absent.parquet", "no such file or folder"),
                         (tmp_path / "nothing", "cannot be read as a data set"), ("absent.parquet", "no such file"),
+                        ("x/*.parquet", r"no such file or folder; a pattern is read for tar shards only"),
                         ("../x/y", "no such file"), (tmp_path / "no" / "such", "no such file")):
         with pytest.raises(DataError, match=words) as caught:
             read(path)
