@@ -707,8 +707,8 @@ def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
     if folder.is_dir():
         return _undecoded(datasets.load_dataset(path, name=spec.name, split=split, streaming=True))
     if not _is_hub(path):
-        several = "; a pattern is read for tar shards only, other tables together are a folder" if set("*?{") & set(path) else ""
-        raise DataError(f"{path}: no such file or folder{several}")
+        several = "; a pattern is read for tar shards only, other tables together are a folder"
+        raise DataError(f"{path}: no such file or folder{several if set('*?{') & set(path) else ''}")
     found = datasets.load_dataset(path, name=spec.name, split=split, revision=spec.revision, streaming=spec.streaming)
     return _undecoded(found if spec.streaming else found.to_iterable_dataset())
 
