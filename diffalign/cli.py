@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from . import __version__
-from .errors import UserError
+from .errors import ResourceError, UserError
 
 GRACE = 3.0  # seconds in which a launcher ends the other processes after one has failed
 
@@ -81,6 +82,17 @@ Several GPUs: accelerate launch -m diffalign train CONFIG ...
 Recipes to start from lie in configs/."""
 
 
+class _Once(argparse.Action):
+    """Of two values argparse would take the last without a word."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        given = vars(namespace).setdefault("given", set())
+        if self.dest in given:
+            parser.error(f"argument {option_string}: is given twice; keep one")
+        given.add(self.dest)
+        setattr(namespace, self.dest, value)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffalign", description="Preference alignment for diffusion models.",
                                      epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         for switch, meaning in known.switches:
             command.add_argument(f"--{switch}", action="store_true", help=meaning)
         for setting, kind, default, meaning in known.settings:
-            command.add_argument(f"--{setting}", type=kind, default=default, metavar=setting.upper(), help=meaning)
+            command.add_argument(f"--{setting}", type=kind, default=default, metavar=setting.upper(), help=meaning,
+                                 action=_Once)
         command.add_argument("--rewards-from", metavar="FILE.py", action="append", default=[],
                              help="make the rewards of a Python file of yours known under their names (it is run)")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -117,6 +130,15 @@ def _quiet_libraries() -> None:
         import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
+def _check_temporary() -> None:
+    """Libraries ask for it while they are imported, with an error of their own where every disk is full."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ResourceError(f"no folder for temporary files can be written in ({error.strerror}); free some space, or name "
+                            "one in TMPDIR") from None
+
+
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """key=value may stand anywhere, behind --rewards-from FILE too, where argparse itself takes no more of them."""
     parser = _parser()
@@ -134,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _sturdy_output():
         try:
             _quiet_libraries()
+            _check_temporary()
             from . import config, run, world  # here, so that --help needs no torch
             for file in args.rewards_from:
                 config.rewards_from(file)

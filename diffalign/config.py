@@ -101,6 +101,9 @@ class PromptsTask:
     spec: RewriterSpec
 
 
+_RECIPES = {"train": Recipe, "evaluate": Evaluation, "build": BuildSpec, "rich": RichSpec, "train-reward": RewardRecipe,
+            "prompts": RewriterSpec}
+
 # every slot with alternatives: annotation -> (table of kinds, default kind, entry point group)
 _SLOTS = {
     objectives.Objective: (objectives.OBJECTIVES, None, "diffalign.objectives"),
@@ -166,17 +169,28 @@ def load_score(rewards: str, data: str, overrides: typing.Sequence[str] = ()) ->
     """What ``diffalign score`` is told. rewards: kinds separated by commas, a YAML mapping of names to rewards, or a .yaml
     file that holds one. data: what to score. Raises ConfigError.
     """
-    return _build(ScoreSpec, _overridden({"rewards": _named_rewards(rewards), "data": data}, overrides), "")
+    tree = {"rewards": _named_rewards(rewards), "data": data}
+    return _build(ScoreSpec, _overridden(tree, overrides, given=tuple(tree)), "")
 
 
 def load_arena(gallery: str, overrides: typing.Sequence[str] = ()) -> ArenaSpec:
     """What ``diffalign arena`` is told. Raises ConfigError."""
-    return _build(ArenaSpec, _overridden({"gallery": gallery}, overrides), "")
+    return _build(ArenaSpec, _overridden({"gallery": gallery}, overrides, given=("gallery",)), "")
 
 
-def _overridden(tree: dict, overrides: typing.Sequence[str]) -> dict:
+def _overridden(tree: dict, overrides: typing.Sequence[str], given: typing.Sequence[str] = ()) -> dict:
+    """given: options that the command line holds already, without their key."""
+    seen = list(given)
     for override in overrides:
         apply_override(tree, override)
+        path = override.partition("=")[0].strip()
+        lost = next((before for before in seen if before == path or before.startswith(f"{path}.")), None)
+        if lost == path:
+            raise ConfigError(f"{path}: is given twice, the second time as '{override[:200]}'; keep one, and put quotes "
+                              "around what the shell makes several words of, such as 'data.path=pairs-{000..099}.tar'")
+        if lost is not None:
+            raise ConfigError(f"{lost}: is given before '{override[:200]}', which replaces it; give {path} first")
+        seen.append(path)
     return tree
 
 
@@ -360,7 +374,7 @@ def _near(path: Path) -> str:
 def apply_override(tree: dict, override: str) -> None:
     """Set ``a.b.c=value`` in the tree, in place; the value is read as YAML."""
     path, equals, text = override.partition("=")
-    if not equals or not path.strip():
+    if not equals or not all(path.strip().split(".")):
         raise ConfigError(f"'{override}': an override is key=value, such as train.learning_rate=1e-5")
     *parents, last = path.strip().split(".")
     node = tree
@@ -385,7 +399,7 @@ def _build(cls: type, tree: object, path: str, lead: tuple[str, ...] = ()):
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in tree:
         if key not in fields:
-            suggestion = _did_you_mean(key, [*lead, *fields])
+            suggestion = ("" if path else _other_command(tree, cls)) or _did_you_mean(key, [*lead, *fields])
             raise ConfigError(f"{_join(path, key)}: unknown option for {cls.__name__}.{suggestion}")
     missing = [name for name, f in fields.items() if name not in tree and _required(f)]
     if missing:
@@ -396,6 +410,13 @@ def _build(cls: type, tree: object, path: str, lead: tuple[str, ...] = ()):
         return cls(**values)
     except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:  # the last ones in a stranger's class
         raise ConfigError(_place(path, str(error) or type(error).__name__, fields)) from None
+
+
+def _other_command(tree: dict, cls: type) -> str:
+    """Whose recipe this is, where all of it fits another command's."""
+    fitting = [command for command, spec in _RECIPES.items()
+               if spec is not cls and tree.keys() <= {field.name for field in dataclasses.fields(spec)}]
+    return f" This is a recipe of `diffalign {fitting[0]}`." if fitting else ""
 
 
 def _on_default(field: dataclasses.Field, value: object) -> object:
@@ -526,6 +547,8 @@ def _is_option(annotation) -> bool:
 
 
 def _leaf(annotation, value: object, path: str):
+    if isinstance(value, str) and typing.get_origin(_optional(annotation) or annotation) is tuple:
+        raise ConfigError(f"{path}: expected a list, such as {path.rpartition('.')[2]}=[{value[:40]}], got {_show(value)}")
     try:
         result = TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
@@ -547,6 +570,8 @@ def _check_read(value: object, result: object, path: str) -> None:
         raise ConfigError(f"{path}: expected {type(result).__name__}, got the text {_show(value)}")
     if isinstance(result, str) and not _is_text(result):
         raise ConfigError(f"{path}: holds a zero or bytes that are not UTF-8 text, got {ascii(value)[:60]}")
+    if isinstance(result, str) and result.startswith("~/"):  # no shell does it behind data.path=, nor in a file
+        return str(Path(result).expanduser())
     if isinstance(result, float) and not math.isfinite(result):
         raise ConfigError(f"{path}: must be a finite number, got {_show(value)}")
 

@@ -66,6 +66,8 @@ class _Findings:
     groups: int = 0
     soft: int = 0
     unlike_sizes: int = 0
+    enlarged: int = 0
+    without_prompt: int = 0
     image_bytes: int = 0
     first_is_best: int = 0
     sides: int = 0
@@ -99,6 +101,8 @@ class _Findings:
         self.groups += 1
         self.soft += row.soft is not None
         self.unlike_sizes += len(set(sizes)) > 1
+        self.enlarged += sum(size[0] < bucket[0] or size[1] < bucket[1] for size in sizes)
+        self.without_prompt += not row.prompt.strip()
         self.image_bytes += sum(map(len, contents))
         self.buckets[_size(bucket)] += 1
         self.candidates[len(sizes)] += 1
@@ -142,7 +146,8 @@ class _Findings:
                 ("identical_pictures", self.identical))},
             "first_is_best": round(self.first_is_best / self.sides, 4) if self.sides else None,
             "labels": dict(self.labels), "sizes": dict(self.sizes.most_common(SIZES)), "distinct_sizes": len(self.sizes),
-            "unlike_sizes": self.unlike_sizes, "buckets": dict(self.buckets.most_common())}
+            "unlike_sizes": self.unlike_sizes, "enlarged": self.enlarged, "without_prompt": self.without_prompt,
+            "buckets": dict(self.buckets.most_common())}
 
     def draw(self, path: Path) -> None:
         from ..sampling.grid import grid
@@ -192,6 +197,10 @@ def _problems(spec: DataSpec, result: dict) -> list[str]:
     for name, found in result["duplicates"].items():
         if found["count"]:
             problems.append(f"{found['count']} x {name.replace('_', ' ')}")
+    if result["without_prompt"]:
+        problems.append(f"{result['without_prompt']} groups have an empty prompt: they teach what is drawn without one")
+    if result["enlarged"]:
+        problems.append(f"{result['enlarged']} pictures are smaller than what they are trained at: enlarged, they teach blur")
     for name, found in result["leakage"].items():
         if found["shared"]:
             problems.append(f"{found['shared']} of {found['prompts']} prompts of {name} are trained on")

@@ -42,6 +42,8 @@ PROMPTS = ("prompt", "caption", "text")
 MODELS = {"pickapic": ("model_0", "model_1"), "pickapic_scored": ("model_0", "model_1"),
           "chosen_rejected": ("chosen_model", "rejected_model"), "unpaired": ("model",)}
 PICTURES = (("jpg_0", "jpg_1"), ("chosen", "rejected"), ("images",), ("image",))
+TABLES = (".parquet", ".arrow", ".csv", ".tar")  # beside JSON lines, what a folder may hold data in
+BESIDE = ("scores.parquet", "records.parquet")  # what `diffalign build` and `rich` write beside theirs
 SCORED = ".scored.jsonl"  # the ending of what `diffalign score` writes beside a table, which stays the table
 USERS = ("user_id", "user")
 NO_NOTES: Mapping[str, type] = {}
@@ -201,8 +203,10 @@ def nothing_left(spec: DataSpec, tally: Tally, part: str) -> DataError:
     if tally.ties == tally.rows:
         return DataError(f"{path}: all {tally.rows} rows are ties, so nothing says which picture is better; "
                          "data.ties=soft keeps them as soft labels")
+    share = spec.validation_share
+    split = f"; data.validation_share={share:g} gave the others to the other part" if share else ""
     return DataError(f"{path}: no {part} group is left of {tally.rows} rows: {tally.ties} ties, {tally.bad_rows} bad, "
-                     f"{tally.unlabelled} without a label" + (f"; first: {tally.bad[0]}" if tally.bad else ""))
+                     f"{tally.unlabelled} without a label{split}" + (f"; first: {tally.bad[0]}" if tally.bad else ""))
 
 
 def _labelled(spec: DataSpec, tally: Tally, part: str, candidate: Callable,
@@ -548,8 +552,12 @@ def _table(path: Path, split: str) -> Path | None:
                 return folder / "metadata.jsonl"
         found = [p for p in sorted(path.iterdir()) if p.suffix in (".jsonl", ".ndjson") and not p.name.endswith(SCORED)]
         named = [p for p in found if p.stem == split] or (found if len(found) == 1 else [])
+        other = [p for p in sorted(path.iterdir()) if p.suffix in TABLES and p.name not in BESIDE]
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({_reason(error)})") from None
+    if named and other:
+        raise DataError(f"{path}: holds tables of several kinds ({named[0].name}, {other[0].name}), of which one would be "
+                        "read; give that one as data.path")
     return named[0] if named else None
 
 
@@ -705,7 +713,8 @@ def _open_library(path: str, table: Path | None, split: str, spec: DataSpec):
     if folder.is_dir():
         return _undecoded(datasets.load_dataset(path, name=spec.name, split=split, streaming=True))
     if not _is_hub(path):
-        raise DataError(f"{path}: no such file or folder")
+        several = "; a pattern is read for tar shards only, other tables together are a folder"
+        raise DataError(f"{path}: no such file or folder{several if set('*?{') & set(path) else ''}")
     found = datasets.load_dataset(path, name=spec.name, split=split, revision=spec.revision, streaming=spec.streaming)
     return _undecoded(found if spec.streaming else found.to_iterable_dataset())
 

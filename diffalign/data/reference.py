@@ -24,17 +24,20 @@ from .store import OPEN_SHARDS, intact, publish, read_table, sweep
 
 
 class ReferenceErrors:
-    """What lies in one folder, memory-mapped. Damaged files are renamed to ``.corrupt``; their places are then missing."""
+    """What lies in one folder, memory-mapped. damaged: files that were, now renamed to ``.corrupt``; their places are missing.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._starts: list[int] = []  # of the places that a part is read for: parts may overlap
         self._parts: list[tuple[int, int, Path]] = []
+        self.damaged = 0
         found = []
         for path in folder.glob("*.arrow"):
             if intact(path):
                 found.append((*map(int, path.name.split("-")[:2]), path))
             else:
+                self.damaged += 1
                 with contextlib.suppress(OSError):
                     os.replace(path, path.with_suffix(".corrupt"))
         end = 0

@@ -139,15 +139,15 @@ class Diversity:
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """fired: whether there is a reason; each is a clause of ``sentence``. doubted: there is a held-out judge, it doesn't rise
-    significantly, and the training reward rises significantly more.
+    """fired: whether there is a reason, None where the prompts are too few to say; each is a clause of ``sentence``. doubted:
+    there is a held-out judge, it doesn't rise significantly, and the training reward rises significantly more.
 
     training, judge: None where there was none. gap: the training reward's rise minus the judge's, in standard deviations of
     the base, as a ``Change`` whose base is 0; None without either. diversity: None with one picture a prompt. notes: what
     could not be looked at, and why. prompts: how many could be compared.
     """
 
-    fired: bool
+    fired: bool | None
     reasons: list[str]
     prompts: int
     statistics: list[Statistic]
@@ -201,8 +201,9 @@ def alarm(looks: np.ndarray, *, training: np.ndarray | None = None, judge: np.nd
     if prompts >= FEWEST and (rise is None or rise.rose):
         fallen = rise is not None and _is_below(_change(judge, level), limits.fall)
         reasons = _reasons(table, variety, held, fallen, medium.noun)
-    return Alarm(fired=bool(reasons), reasons=reasons, prompts=prompts, statistics=table, diversity=variety, training=rise,
-                 judge=held, gap=gap, doubted=doubted, notes=_notes(prompts, rise, held, variety, medium.noun))
+    return Alarm(fired=bool(reasons) if prompts >= FEWEST else None, reasons=reasons, prompts=prompts, statistics=table,
+                 diversity=variety, training=rise, judge=held, gap=gap, doubted=doubted,
+                 notes=_notes(prompts, rise, held, variety, medium.noun))
 
 
 def _doubted(held: Change | None, gap: Change | None) -> bool:

@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write(path: Path, content: bytes) -> None:
     """All of it or nothing: written aside, synced, renamed. Raises ResourceError naming the file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.parent / f".{path.name}.{os.getpid()}.tmp"  # with_name refuses "." and "/" as no OSError
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as target:

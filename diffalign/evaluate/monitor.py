@@ -82,7 +82,8 @@ def see(base: Side, now: Side, spec: MonitorSpec, training: Sequence[tuple[Rewar
     found = alarm_of(base, now, training=as_one(tables, [weight for _, weight in training]), held_out=held_out,
                      limits=spec.limits)
     wins = None if spec.judge is None else paired(base.scores, now.scores, seed=seed, resamples=2000)
-    figures = {"alarm": float(found.fired), "shift": max(abs(row.shift) for row in found.statistics)}
+    figures = {"alarm": math.nan if found.fired is None else float(found.fired),
+               "shift": max(abs(row.shift) for row in found.statistics)}
     if found.diversity is not None:
         figures["diversity"] = found.diversity.ratio
     if found.training is not None:

@@ -82,9 +82,9 @@ def write_report(folder: Path | str, run: Run, comparison: Comparison | None) ->
 def build(run: Run, comparison: Comparison | None) -> dict[str, Any]:
     """What report.json holds; all numbers finite or null.
 
-    ``alarm``: what the comparison's alarm says of the main model, null where none was asked: fired (true or false), verdict
-    ("alarm", "no alarm", "not enough prompts"), reasons and notes (sentences), statistics (rows of name, base, aligned,
-    band_low, band_high, left: the band is the base's).
+    ``alarm``: what the comparison's alarm says of the main model, null where none was asked: fired (true, false or null),
+    verdict (the same as "alarm", "no alarm" or "not enough prompts"), reasons and notes (sentences), statistics (rows of name,
+    base, aligned, band_low, band_high, left: the band is the base's).
     """
     result = comparison.statistics if comparison is not None else None
     names = ("base_score", "aligned_score", "win_rate", "win_rate_low", "win_rate_high")

@@ -209,7 +209,7 @@ def _stage(run: _Run, name: str, source: Rewriter, rows: Sequence[dict], options
             run.say(f"{name}: {len(rows)} rows")
             made = tune(source, rows, options, folder, seed=run.spec.seed, cpu=run.device.type == "cpu")
             run.first(lambda: write_json(done, clean(made)))
-            run.say(f"{name}: {made['steps']} steps, mean loss {made['loss']:.3f}")
+            run.say(f"{name}: {made['steps']} steps, mean loss {made['loss']:.3g}")
     return _after(source, folder), json.loads(done.read_bytes())
 
 

@@ -84,6 +84,9 @@ def find(recipe: Recipe, cache: Cache, stored: data.Offline, device: torch.devic
     if count == needed:
         say(f"reference: the errors of all {needed} groups were measured beforehand, so it does not run")
         return found
+    if found.damaged:
+        say(f"reference: {found.damaged} damaged files in {found.folder} were renamed to .corrupt; `diffalign encode CONFIG "
+            "--reference` measures their groups again")
     if count:
         say(f"reference: {count} of the run's {needed} groups were measured beforehand, so it runs; `diffalign encode CONFIG "
             "--reference` with this number of steps, batch and processes measures the rest")

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from ..reward_training import RewardRecipe
 from ..reward_training import train_reward as learn
-from ..train.checkpoint import check_writable
+from ..train.checkpoint import check_writable, claimed
 from .words import Printer, silent
 
 
 def train_reward(recipe: RewardRecipe, printer: Printer = silent) -> dict:
     """Train, measure on held-out pairs, save ``output_dir``/reward. Returns reward.json. Raises UserError children."""
-    check_writable(Path(recipe.output_dir))
-    return learn(recipe, printer)
+    output_dir = Path(recipe.output_dir)
+    check_writable(output_dir)
+    with claimed(output_dir):  # of two at once one would save its weights under the other's report
+        return learn(recipe, printer)

@@ -18,10 +18,12 @@ def check_same_run(folder, stored: dict, *, config: dict, identity: dict[str, st
     """stored: a checkpoint's state. CheckpointError listing every difference with its old and new value."""
     problems = [f"{name} was {_show(old)}, now {_show(new)}"
                 for name, old, new in _differences(stored["identity"], identity) if name not in allow_change]
+    changes = _config_changes(stored["config"], config, stored["groups_per_step"] == groups_per_step, allow_change)
     if problems:
-        raise CheckpointError(f"{folder} was trained on another model or data: {'; '.join(problems)}. Choose another "
+        why = [change for change in changes if change.startswith(("model.", "data."))]  # says more than a hash does
+        raise CheckpointError(f"{folder} was trained on another model or data: {'; '.join([*why, *problems])}. Choose another "
                               "output_dir, or restore what it was trained on")
-    problems = _config_changes(stored["config"], config, stored["groups_per_step"] == groups_per_step, allow_change)
+    problems = changes
     if stored["groups_per_step"] != groups_per_step and not set(SPLIT) & set(allow_change):
         problems.append(f"groups a step was {stored['groups_per_step']}, now {groups_per_step}")
     if problems:

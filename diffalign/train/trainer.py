@@ -302,7 +302,7 @@ class _Trainer:
         total, groups = self.world.sum(local).tolist()
         self.initial_loss = total / max(1.0, groups)
         why = f" (policy = {', '.join(apart)}, margin 0; logistic DPO gives ln 2 = 0.693)" if apart else ""
-        self.progress.say(f"initial loss {self.initial_loss:.4f}{why}")
+        self.progress.say(f"initial loss {self.initial_loss:.4g}{why}")
 
     def _validate(self, partial: bool = False) -> None:
         state = self.state

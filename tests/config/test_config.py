@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffalign.config import Recipe, build_recipe, dump, load_recipe, parse_yaml
+from diffalign.config import (
+    Recipe,
+    build_recipe,
+    dump,
+    load_build,
+    load_evaluation,
+    load_recipe,
+    load_reward_recipe,
+    load_score,
+    parse_yaml,
+)
 from diffalign.errors import ConfigError, UserError
 from diffalign.sampling.latents import Sampler
 
@@ -69,13 +79,45 @@ def test_a_written_tree_reads_back(path):
     ("likelihood.times={kind: discrete, timesteps: [true]}", "likelihood.times.timesteps.0: expected int, got True"),
     ("evaluate={prompts: p.txt, strengths: [0.5, nan]}", "evaluate.strengths.1: expected float, got the text"),
     ("objective=3", "objective: expected a kind"),
-    ("nonsense", "'nonsense': an override is key=value"),
+    ("train.report_to=wandb", "train.report_to: expected a list, such as report_to=[wandb], got 'wandb'"),
+    ("model.lora.target_modules=to_q", "model.lora.target_modules: expected a list, such as target_modules=[to_q]"),
+    ("nonsense", "'nonsense': an override is key=value"), (".seed=1", "'.seed=1': an override is key=value"),
+    ("train..cpu=true", "'train..cpu=true': an override is key=value"),
     ("data.path.x=1", "data.path: "),
     ("objective.link.smoothing=0.7", "objective.link.smoothing: must be at least 0 and below 0.5"),
     ("output_dr=runs/y", 'output_dr: unknown option for Recipe. Did you mean "output_dir"?'),
 ])
 def test_refusals_name_the_path(path, override, words):
     assert words in refusal(path, override)
+
+
+def test_an_option_given_twice_is_refused(path):
+    """An unquoted {0..2} reaches us as three options, of which the last would win without a word."""
+    said = refusal(path, *(f"data.path=pairs-{i}.tar" for i in range(3)))
+    assert said.startswith("data.path: is given twice, the second time as 'data.path=pairs-1.tar'") and "quotes" in said
+    assert refusal(path, "train.cpu=true", "seed=1", " train.cpu =true").startswith("train.cpu: is given twice")
+    assert refusal(path, "objective.beta=5", "objective={kind: mapo}") == (
+        "objective.beta: is given before 'objective={kind: mapo}', which replaces it; give objective first")
+    assert load_recipe(path, ["objective={kind: dpo, beta: 5}", "objective.beta=6", "model.lora.rank=4"]).objective.beta == 6
+    with pytest.raises(ConfigError, match="data: is given twice"):
+        load_score("scenes", "pairs.parquet", ["data=others.parquet"])
+    assert load_score("scenes", "pairs.parquet", ["rewards.scenes={kind: scenes}", "output=o.jsonl"]).output == "o.jsonl"
+
+
+def test_a_tilde_is_the_home_folder(path, monkeypatch):
+    """The shell leaves it alone behind data.path= and in a file; a folder called ~ is what nobody wants to remove."""
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = load_recipe(path, ["output_dir=~/runs", "data.path=~/a.parquet", "data.cache_dir=a/~/b"])
+    assert (recipe.output_dir, recipe.data.path, recipe.data.cache_dir) == ("/home/me/runs", "/home/me/a.parquet", "a/~/b")
+
+
+@pytest.mark.parametrize("load, recipe, owner", [
+    (load_recipe, "build/tiny.yaml", "build"), (load_evaluation, "build/tiny.yaml", "build"),
+    (load_recipe, "rewards/tiny.yaml", "train-reward"), (load_recipe, "text/rewriter_tiny.yaml", "prompts"),
+    (load_build, "quickstart.yaml", "train"), (load_reward_recipe, "tiny/dpo.yaml", "train")])
+def test_a_recipe_of_another_command_is_named(load, recipe, owner):
+    with pytest.raises(ConfigError, match=rf"unknown option for \w+\. .*`diffalign {owner}`"):
+        load(f"configs/{recipe}")
 
 
 def test_options_that_do_not_fit_together(path):

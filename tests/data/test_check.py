@@ -33,6 +33,18 @@ def test_a_clean_data_set(tmp_path):
         assert sample.width > 400 and sample.height > 4 * 200  # four rows, enlarged tiles
 
 
+def test_small_pictures_and_empty_prompts_are_told(tmp_path):
+    """16 x 16 pictures for 32 x 32: all twelve. Prompts of spaces alone say nothing."""
+    path = pairs(tmp_path, 6)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for i in (1, 4):
+        rows[i]["prompt"] = " " * i
+    jsonl(path, rows)
+    assert check(spec(path), resolution=32, spatial_factor=4)["problems"] == [
+        "2 groups have an empty prompt: they teach what is drawn without one",
+        "12 pictures are smaller than what they are trained at: enlarged, they teach blur"]
+
+
 def test_what_is_wrong_is_found(tmp_path):
     """Pictures a to e. Row 2 repeats row 0; row 3 is row 0 with the labels swapped; row 4 is one picture twice; row 5 is a
     tie, row 6 is broken, row 7 cannot be cropped; two of three held-out prompts are trained on."""

@@ -11,7 +11,7 @@ import datasets
 import pytest
 import torch
 
-from diffalign.data.columns import Tally, files_below, normalised, read_rows
+from diffalign.data.columns import Tally, files_below, normalised, nothing_left, read_rows
 from diffalign.data.spec import DataSpec
 from diffalign.errors import DataError
 from diffalign.objectives import AllPairs
@@ -162,10 +162,23 @@ def test_sources_that_are_none(tmp_path):
     for path, words in ((tmp_path / "d.parquet", "cannot be read as a data set"), (tmp_path / "d.md", "unknown kind of file"),
                         (tmp_path / "d.json", "no JSON file"), (tmp_path / "absent.parquet", "no such file or folder"),
                         (tmp_path / "nothing", "cannot be read as a data set"), ("absent.parquet", "no such file"),
+                        ("x/*.parquet", r"no such file or folder; a pattern is read for tar shards only"),
                         ("../x/y", "no such file"), (tmp_path / "no" / "such", "no such file")):
         with pytest.raises(DataError, match=words) as caught:
             read(path)
         assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_two_tables_is_not_guessed(tmp_path):
+    """The one JSONL would be read and the parquet left out without a word; what our commands write beside is no table."""
+    pairs(tmp_path, 3)
+    for ours in ("scores.parquet", "records.parquet", "pairs.scored.jsonl"):
+        pickapic(tmp_path / ours, [1.0])
+    assert len(read(tmp_path)) == 3
+    pickapic(tmp_path / "more.parquet", [1.0, 0.0])
+    with pytest.raises(DataError, match=r"several kinds \(pairs.jsonl, more.parquet\), of which one would be read; give that"):
+        read(tmp_path)
+    assert len(read(tmp_path / "pairs.jsonl")) == 3 and len(read(tmp_path / "more.parquet")) == 2
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "a/../../secret.png", "/etc/passwd", "..\\secret.png", "C:\\x.png",
@@ -230,6 +243,10 @@ def test_validation_is_split_by_prompt(tmp_path):
     assert len(train) + len(held) == 60 and 3 <= len({row.prompt for row in held}) <= 10
     assert not {row.prompt for row in train} & {row.prompt for row in held}
     assert {row.id for row in held} != {row.id for row in read(path, part="validation", validation_share=0.3, seed=6)}
+    tally = Tally()
+    assert not read(path, tally, validation_share=0.999)
+    said = str(nothing_left(spec(path, validation_share=0.999), tally, "train"))
+    assert "no train group is left of 60 rows" in said and "data.validation_share=0.999 gave the others" in said
     other = pairs(tmp_path, 3, name="held.jsonl")
     assert len(read(path, part="validation", validation=str(other))) == 3 and len(read(path, validation=str(other))) == 60
 

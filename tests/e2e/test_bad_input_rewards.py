@@ -11,6 +11,7 @@ import yaml
 from diffalign import run
 from diffalign.cli import main
 from diffalign.errors import UserError
+from diffalign.train.checkpoint import claimed
 
 from ..building.test_rich import spec
 from .test_bad_input import MODEL, ROOT, refused, write_pairs
@@ -122,6 +123,12 @@ def bytes_at(path: Path, content: bytes) -> Path:
 def test_train_reward_into_a_folder_that_is_not_ours(learn, tmp_path):
     (tmp_path / "out").mkdir(mode=0o500)
     learn.refused([], "output_dir", "out")
+
+
+def test_train_reward_into_a_folder_where_another_is_at_work(learn, tmp_path):
+    (tmp_path / "out").mkdir()
+    with claimed(tmp_path / "out"):
+        learn.refused([], "another run is at work", "out")
 
 
 @pytest.mark.parametrize("command", ["train-reward", "rich"])

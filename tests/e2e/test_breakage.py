@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,13 @@ def test_what_is_printed_steers_no_terminal(small, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(run, "check", lambda spec, printer: printer("a \x1b[2Jprompt \x9b31m\u202e\r\nof \u00e9"))
     assert main(["check", str(small(tmp_path))]) == 0
     assert capsys.readouterr().out == "a \ufffd[2Jprompt \ufffd31m\ufffd\ufffd\nof \u00e9\n"
+
+
+def test_no_disk_for_temporary_files(small, tmp_path, monkeypatch, capsys):
+    """torch asks for the folder when it is imported."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "gone")])
+    refused(capsys, main(["check", str(small(tmp_path))]), "temporary files", "gone", "TMPDIR")
 
 
 def test_other_processes_stay_silent_about_a_shared_error(tmp_path, monkeypatch, capsys):

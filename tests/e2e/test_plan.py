@@ -104,6 +104,7 @@ def test_checkpointing_in_float16_can_be_counted(how):
 
 @pytest.mark.parametrize("words, message", [
     ((TINY, "--gpu", "voodoo"), "--gpu: no card called 'voodoo'; known are b200, h200"),
+    ((TINY, "--json", "."), "cannot write .: "), ((TINY, "--json", "/"), "cannot write /: "),
     ((TINY, "--gpus", "0"), "--gpus must be at least 1"),
     ((TINY, "--gpus", "2", "--sharding", "zero9"), "--sharding: choose one of none, fsdp2, zero2, got 'zero9'"),
     ((TINY, "--sharding", "fsdp2"), "weights are cut over two GPUs or more (--gpus)"),
@@ -127,6 +128,12 @@ def test_audio_is_refused(tmp_path, capsys):
     tiny_audio.make(tmp_path / "pipeline")
     assert main(["plan", TINY, f"model.pretrained_model_name_or_path={tmp_path / 'pipeline'}"]) == 2
     assert "model: `diffalign plan` is not for audio" in capsys.readouterr().err
+
+
+def test_a_card_given_twice(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", TINY, "--gpu", "h100", "--gpu", "4090"])
+    assert "argument --gpu: is given twice" in capsys.readouterr().err
 
 
 MEASURE = """

@@ -193,7 +193,7 @@ def test_two_processes_share_the_blocks(file, monkeypatch):
 
 def test_a_damaged_file_is_measured_again(file, tmp_path, capsys):
     assert main(["encode", str(file), "--reference"]) == 0
-    _, stored, folder = measured(file)
+    recipe, stored, folder = measured(file)
     (path,) = folder.glob("*.arrow")
     good = numbers(stored, folder)
     content = bytearray(path.read_bytes())
@@ -201,6 +201,9 @@ def test_a_damaged_file_is_measured_again(file, tmp_path, capsys):
     path.write_bytes(content)
     os.utime(path, ns=(1, 1))
     capsys.readouterr()
+    said = []
+    assert reference.find(recipe, stored.cache, stored, torch.device("cpu"), said.append) is None
+    assert "1 damaged files" in said[0] and "measures their groups again" in said[0], "or training runs it without a word"
     assert main(["encode", str(file), "--reference"]) == 0
     assert "(16 measured now)" in capsys.readouterr().out and list(folder.glob("*.corrupt"))
     assert torch.equal(numbers(stored, folder), good)

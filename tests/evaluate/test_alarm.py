@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -137,7 +137,7 @@ def test_without_a_training_reward_its_rise_is_taken_for_granted():
 def test_five_prompts_say_nothing():
     w = World(0, prompts=5)
     found = alarm(w.looks({0: 9.0}), training=w.scores(9.0), judge=w.scores(-9.0), diversity=w.spread(0.1))
-    assert not found.fired and found.prompts == 5 and "too few" in found.sentence and found.verdict == "not enough prompts"
+    assert found.fired is None and found.prompts == 5 and "too few" in found.sentence and found.verdict == "not enough prompts"
 
 
 def test_the_sentence_says_what_happened():
@@ -260,6 +260,16 @@ def test_a_judge_that_is_trained_on_is_not_held_out_in_the_monitor():
     assert see(base, now, MonitorSpec(judge=Brightness()), [(Colourfulness(), 1.0)]).alarm.judge.rose
     bare = (Side(statistics=side.statistics, spread=side.spread, scores=side.scores) for side in (base, now))
     assert see(*bare, MonitorSpec(judge=Brightness())).alarm.judge.rose
+
+
+def test_the_log_calls_nothing_calm_on_five_prompts():
+    w = World(0, prompts=5)
+    looks, nothing = w.looks(), np.full(5, np.nan)
+    base, now = (Side(statistics=looks[i], spread=nothing, scores=None) for i in range(2))
+    assert "alarm" not in see(base, now, MonitorSpec()).figures
+    enough = World(0, prompts=6).looks()
+    base, now = (replace(side, statistics=enough[i], spread=np.full(6, np.nan)) for i, side in enumerate((base, now)))
+    assert see(base, now, MonitorSpec()).figures["alarm"] == 0
 
 
 def test_several_rewards_count_by_weight_and_sign():

@@ -240,6 +240,9 @@ def test_another_model_or_data_set_is_refused(tmp_path, short):
         resumed(short, tmp_path / "a", bank=toy.Bank(seed=1))
     with pytest.raises(CheckpointError, match='data was "toy-data", now "other"'):
         resumed(short, tmp_path / "b", source=toy.Source((4,), identity="other"))
+    changed = toy.recipe(toy.spec(max_train_steps=5), data={"resolution": 8})
+    with pytest.raises(CheckpointError, match='data.resolution was absent, now 8; data was "toy-data", now "other"'):
+        resumed(short, tmp_path / "d", source=toy.Source((4,), identity="other"), config=changed)
     with pytest.raises(CheckpointError, match='model was absent, now "sha"'):
         resumed(short, tmp_path / "c", identity={"model": "sha"})
 

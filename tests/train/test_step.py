@@ -10,6 +10,7 @@ from diffalign.errors import ConfigError
 from diffalign.likelihood import DenoisingELBO
 from diffalign.methods import Preference
 from diffalign.objectives import KTO, MaPO, Pairwise, Regularized
+from diffalign.objectives.links import Squared
 from diffalign.train import TrainingError, make_accelerator, optim
 
 from . import toy
@@ -123,6 +124,13 @@ def test_first_loss_is_ln_2(tmp_path, capsys):
     assert summary.initial_loss == pytest.approx(math.log(2), abs=1e-6)
     said = capsys.readouterr().err
     assert "initial loss 0.6931" in said and "1,300 parameters in 8 tensors" in said and "4 pairs a step" in said
+
+
+def test_a_first_loss_of_any_size_is_read(tmp_path, capsys):
+    """IPO in its paper's unit begins at (1 / 2 beta)^2, 6.25e-08 at beta 2000."""
+    ipo = Preference(DenoisingELBO(), Pairwise(beta=2000.0, link=Squared()))
+    toy.train(tmp_path, method=ipo, progress=True, max_train_steps=3)
+    assert "initial loss 6.25e-08 " in capsys.readouterr().err
 
 
 def test_another_reference_is_refused(tmp_path):
