@@ -555,6 +555,8 @@ def _leaf(annotation, value: object, path: str):
         problems = [problem["msg"][0].lower() + problem["msg"][1:] for problem in error.errors()]
         raise ConfigError(f"{path}: {', '.join(dict.fromkeys(problems))}, got {_show(value)}") from None
     _check_read(value, result, path)
+    if isinstance(result, str) and result.startswith("~/"):  # no shell does it behind data.path=, nor in a file
+        return str(Path(result).expanduser())
     return result
 
 
@@ -570,8 +572,6 @@ def _check_read(value: object, result: object, path: str) -> None:
         raise ConfigError(f"{path}: expected {type(result).__name__}, got the text {_show(value)}")
     if isinstance(result, str) and not _is_text(result):
         raise ConfigError(f"{path}: holds a zero or bytes that are not UTF-8 text, got {ascii(value)[:60]}")
-    if isinstance(result, str) and result.startswith("~/"):  # no shell does it behind data.path=, nor in a file
-        return str(Path(result).expanduser())
     if isinstance(result, float) and not math.isfinite(result):
         raise ConfigError(f"{path}: must be a finite number, got {_show(value)}")
 

@@ -15,6 +15,7 @@ from ..types import Batch, carried
 
 ROUNDING = 1e-6  # share of a group's spread
 
+
 def beside(batch: Batch, *indices: Tensor) -> tuple[Tensor, ...]:
     """Indices on the batch's device, without waiting."""
     return tuple(carried(index, batch.utility.device) for index in indices)

@@ -265,7 +265,8 @@ def _budget(needs: Needs) -> dict[str, int]:
 
 
 def _time(recipe: Recipe, needs: Needs, card: Card, gpus: int, efficiency: float) -> dict:
-    per_second = gpus * efficiency * card.tflops / needs.spent
+    tf32 = recipe.train.mixed_precision == "no"  # half of the rate of bfloat16 on every card that has both
+    per_second = gpus * efficiency * card.tflops / (2 if tf32 else 1) / needs.spent
     groups = recipe.train.max_train_steps * recipe.train.train_batch_size * recipe.train.gradient_accumulation_steps * gpus
     return {"groups_per_s": per_second, "groups": groups, "hours": groups / per_second / 3600}
 
