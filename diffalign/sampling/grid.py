@@ -18,7 +18,7 @@ FINE = 13  # size of faint small print
 SMALLEST, LARGEST = 208, 512  # a tile's longer side on the grid, in pixels
 LONGEST = 600  # letters of a prompt that are looked at; seven lines hold fewer
 WEBP_LIMIT = 16_383  # pixels a side, by the format
-EQUAL = 1e-6  # scores closer than this are a tie: no side is marked
+EQUAL = 1e-6  # scores closer than this, absolutely or relatively, are a tie as in the statistics: no side is marked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,7 @@ def _best(scores: Sequence[float | None] | None) -> int | None:
     if len(known) < 2:
         return None
     ranked = sorted(known, reverse=True)
-    return ranked[0][1] if ranked[0][0] - ranked[1][0] > EQUAL else None
+    return None if math.isclose(ranked[0][0], ranked[1][0], rel_tol=EQUAL, abs_tol=EQUAL) else ranked[0][1]
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 7) -> list[str]:

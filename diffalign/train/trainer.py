@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -130,7 +131,9 @@ class _Trainer:
         elif sharding.is_asked():  # one process has nothing to cut, and accelerate wraps no single model for FSDP2
             self.bank.denoiser.module.to(self.device)
         else:
-            self.bank.denoiser.module = self.accelerator.prepare_model(self.bank.denoiser.module)
+            with warnings.catch_warnings():  # accelerate has no other name for it yet
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                self.bank.denoiser.module = self.accelerator.prepare_model(self.bank.denoiser.module)
         self.params = self.bank.trainable()
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.params, self.spec))
         self.rate = learning_rates(self.spec)

@@ -51,6 +51,7 @@ def test_better_side_is_marked_and_a_tie_is_not():
     wide = grid({"base": [RED], "aligned": [BLUE]}, ["p"]).width
     left, right = marks(1.0, 0.5), marks(0.5, 1.0)
     assert left is not None and right is not None and left[1] * 100 < wide / 2 + 100 < right[1] * 100
+    assert marks(2e6, 2e6 + 1) is None and marks(2e6, 2e6 + 5) is not None, "as far as the statistics tell them apart"
     assert marks(0.5, 0.5) is None and marks(float("nan"), 0.5) is None and marks(None, 0.5) is None
 
 
