@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = _COMMANDS[args.command]
             given = [getattr(args, metavar.lower()) for metavar, _ in command.positionals]
             switches = {name: getattr(args, name) for name, *_ in (*command.switches, *command.settings)}
+            config.check_given_once(args.overrides, [metavar.lower() for metavar, _ in command.positionals])
             spec = getattr(config, command.load)(*given, args.overrides)
             with world.left_in_order():
                 getattr(run, args.command.replace("-", "_"))(spec, printer=_printed, **switches)

@@ -169,20 +169,27 @@ def load_score(rewards: str, data: str, overrides: typing.Sequence[str] = ()) ->
     """What ``diffalign score`` is told. rewards: kinds separated by commas, a YAML mapping of names to rewards, or a .yaml
     file that holds one. data: what to score. Raises ConfigError.
     """
-    tree = {"rewards": _named_rewards(rewards), "data": data}
-    return _build(ScoreSpec, _overridden(tree, overrides, given=tuple(tree)), "")
+    return _build(ScoreSpec, _overridden({"rewards": _named_rewards(rewards), "data": data}, overrides), "")
 
 
 def load_arena(gallery: str, overrides: typing.Sequence[str] = ()) -> ArenaSpec:
     """What ``diffalign arena`` is told. Raises ConfigError."""
-    return _build(ArenaSpec, _overridden({"gallery": gallery}, overrides, given=("gallery",)), "")
+    return _build(ArenaSpec, _overridden({"gallery": gallery}, overrides), "")
 
 
-def _overridden(tree: dict, overrides: typing.Sequence[str], given: typing.Sequence[str] = ()) -> dict:
-    """given: options that the command line holds already, without their key."""
-    seen = list(given)
+def _overridden(tree: dict, overrides: typing.Sequence[str]) -> dict:
+    """The last of several for one option holds: programs add theirs to a list."""
     for override in overrides:
         apply_override(tree, override)
+    return tree
+
+
+def check_given_once(overrides: typing.Sequence[str], positionals: typing.Sequence[str] = ()) -> None:
+    """Of the command line, where the last would win without a word over what an unquoted {0..9} made several options of.
+    positionals: options that it holds without their key. Raises ConfigError.
+    """
+    seen = list(positionals)
+    for override in overrides:
         path = override.partition("=")[0].strip()
         lost = next((before for before in seen if before == path or before.startswith(f"{path}.")), None)
         if lost == path:
@@ -191,7 +198,6 @@ def _overridden(tree: dict, overrides: typing.Sequence[str], given: typing.Seque
         if lost is not None:
             raise ConfigError(f"{lost}: is given before '{override[:200]}', which replaces it; give {path} first")
         seen.append(path)
-    return tree
 
 
 def _named_rewards(text: str) -> dict:

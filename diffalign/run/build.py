@@ -23,10 +23,9 @@ from ..data.prompts import Prompts, read_prompts
 from ..errors import DataError
 from ..evaluate.files import clean, write_json
 from ..rewards import Reward, identity
-from ..train import make_accelerator
 from ..train.checkpoint import check_writable, claimed
-from ..train.spec import TrainSpec
 from ..world import on_first, world_of
+from .parts import accelerator_to_draw
 from .words import Printer, silent
 
 FACTS, WORK = "build.json", "work"
@@ -42,7 +41,7 @@ def build(spec: BuildSpec, printer: Printer = silent) -> dict:
     started, folder = time.monotonic(), Path(spec.output_dir)
     prompts = _checked(spec)
     check_writable(folder)
-    accelerator = make_accelerator(TrainSpec(mixed_precision="no", cpu=spec.cpu), folder)
+    accelerator = accelerator_to_draw(spec.cpu, folder)
     world, main = world_of(accelerator), accelerator.is_main_process
     say, plan = printer if main else silent, Plan.of(spec, prompts)
     with ExitStack() as held:

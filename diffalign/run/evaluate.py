@@ -20,9 +20,7 @@ from ..evaluate.card import write_card
 from ..evaluate.compare import Comparison, compare
 from ..evaluate.files import write
 from ..evaluate.report import Run, write_gallery, write_grids, write_report
-from ..train import make_accelerator
 from ..train.checkpoint import check_writable, claimed
-from ..train.spec import TrainSpec
 from ..world import on_first, world_of
 from . import parts
 from .entrants import Entrants
@@ -120,9 +118,8 @@ def _trained(recipe: Recipe) -> dict:
 
 
 def _accelerator(recipe: Recipe | Evaluation):
-    """Placement and processes. Pictures are drawn in full precision, whatever training used."""
     cpu = recipe.cpu if isinstance(recipe, Evaluation) else recipe.train.cpu
-    return make_accelerator(TrainSpec(cpu=cpu, mixed_precision="no", allow_tf32=False), Path(recipe.output_dir))
+    return parts.accelerator_to_draw(cpu, recipe.output_dir)
 
 
 def _compare(recipe: Recipe | Evaluation, entrants: Entrants | CodeEntrants, accelerator,

@@ -29,7 +29,8 @@ from ..objectives.sft import winners
 from ..rewards import Reward, columns_of, judged, subject_of
 from ..rewards import check as check_reward
 from ..sampling.scheduler import make_scheduler
-from ..train import is_sharding_asked
+from ..train import is_sharding_asked, make_accelerator
+from ..train.spec import TrainSpec
 from ..types import Memory
 from ..world import world_of
 from .optimised import training_rewards
@@ -38,6 +39,12 @@ PROBE = 64  # winners that a gated reference is measured on
 _OF_PICTURES = ("height", "width", "negative_prompt", "scheduler", "timestep_spacing")  # of the section evaluate
 FEW = 8  # timesteps of a schedule that only a distilled model can draw with
 RACE = 10  # passes of each kind that decide train.compile=auto
+
+
+def accelerator_to_draw(cpu: bool, output_dir: Path | str):
+    """Of the commands that draw or score. In full float32, whatever training used: what is scored here must be what is scored
+    there."""
+    return make_accelerator(TrainSpec(cpu=cpu, mixed_precision="no", allow_tf32=False), Path(output_dir))
 
 
 def is_text(recipe: Recipe | Evaluation) -> bool:

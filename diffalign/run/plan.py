@@ -301,6 +301,10 @@ def _changes(recipe: Recipe, cut: str, gpus: int, fits: Callable[[Recipe, str], 
         train = replace(train, mixed_precision="bf16")
         recipe = replace(recipe, train=train)
         yield recipe, cut, "train.mixed_precision=bf16"
+    plain = replace(recipe, train=replace(train, optimizer="adamw"))
+    if recipe.model.lora is None and cut == "none" and _can_be_cut(plain, gpus):
+        cut, train, recipe = "fsdp2", plain.train, plain
+        yield recipe, cut, "train.optimizer=adamw configs/accelerate/fsdp2.yaml"
     if recipe.model.lora is None:
         recipe = replace(recipe, model=replace(recipe.model, lora=LoRA(rank=64)), train=replace(train, optimizer="adamw"))
         yield recipe, cut, "model.lora.rank=64 train.optimizer=adamw"

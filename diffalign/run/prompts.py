@@ -29,11 +29,10 @@ from ..language.propose import OwnWords, Proposer
 from ..language.rewriter import Rewriter, Writer
 from ..language.spec import RewriterSpec
 from ..language.studio import Asked, Studio, read_asked
-from ..train import make_accelerator
 from ..train.checkpoint import check_writable, claimed
-from ..train.spec import TrainSpec
 from ..world import World, on_first, world_of
 from .build import identities, versions
+from .parts import accelerator_to_draw
 from .words import Printer, silent
 
 POOL, TARGETS, PAIRS, STAGE, FACTS, REWRITTEN = ("texts.jsonl", "sft.jsonl", "pairs.jsonl", "stage.json", "rewriter.json",
@@ -75,7 +74,7 @@ def _run(spec: RewriterSpec, printer: Printer) -> _Run:
     spec.evolve.proposer.check()
     studios.check(spec.generator, spec.rewards)
     check_writable(Path(spec.output_dir))
-    accelerator = make_accelerator(TrainSpec(mixed_precision="no", cpu=spec.cpu), Path(spec.output_dir))
+    accelerator = accelerator_to_draw(spec.cpu, spec.output_dir)
     world = world_of(accelerator)
     return _Run(spec=spec, world=world, device=accelerator.device, say=printer if world.rank == 0 else silent)
 

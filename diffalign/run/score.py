@@ -14,11 +14,10 @@ from ..building.score import Source
 from ..building.spec import ScoreSpec
 from ..evaluate.files import clean, write_json
 from ..rewards import check as check_reward
-from ..train import make_accelerator
 from ..train.checkpoint import check_writable, claimed
-from ..train.spec import TrainSpec
 from ..world import on_first, world_of
 from .build import identities, versions
+from .parts import accelerator_to_draw
 from .words import Printer, silent
 
 
@@ -34,7 +33,7 @@ def score(spec: ScoreSpec, printer: Printer = silent) -> dict:
     output = source.output
     work, facts_file = output.with_name(f"{output.name}.work"), output.with_name(f"{output.name}.json")
     check_writable(output.parent, "output")
-    accelerator = make_accelerator(TrainSpec(mixed_precision="no", cpu=spec.cpu), output.parent)
+    accelerator = accelerator_to_draw(spec.cpu, output.parent)
     world, main = world_of(accelerator), accelerator.is_main_process
     say = printer if main else silent
     check_writable(work, "output")

@@ -7,15 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffalign.cli import main
 from diffalign.config import (
     Recipe,
     build_recipe,
+    check_given_once,
     dump,
     load_build,
     load_evaluation,
     load_recipe,
     load_reward_recipe,
-    load_score,
     parse_yaml,
 )
 from diffalign.errors import ConfigError, UserError
@@ -91,17 +92,21 @@ def test_refusals_name_the_path(path, override, words):
     assert words in refusal(path, override)
 
 
-def test_an_option_given_twice_is_refused(path):
-    """An unquoted {0..2} reaches us as three options, of which the last would win without a word."""
-    said = refusal(path, *(f"data.path=pairs-{i}.tar" for i in range(3)))
-    assert said.startswith("data.path: is given twice, the second time as 'data.path=pairs-1.tar'") and "quotes" in said
-    assert refusal(path, "train.cpu=true", "seed=1", " train.cpu =true").startswith("train.cpu: is given twice")
-    assert refusal(path, "objective.beta=5", "objective={kind: mapo}") == (
-        "objective.beta: is given before 'objective={kind: mapo}', which replaces it; give objective first")
-    assert load_recipe(path, ["objective={kind: dpo, beta: 5}", "objective.beta=6", "model.lora.rank=4"]).objective.beta == 6
-    with pytest.raises(ConfigError, match="data: is given twice"):
-        load_score("scenes", "pairs.parquet", ["data=others.parquet"])
-    assert load_score("scenes", "pairs.parquet", ["rewards.scenes={kind: scenes}", "output=o.jsonl"]).output == "o.jsonl"
+def test_an_option_given_twice_on_the_command_line_is_refused(path, capsys):
+    """An unquoted {0..2} reaches us as three options, of which the last would win without a word. In Python it does."""
+    def said(*words):
+        assert main([*map(str, words)]) == 2
+        return capsys.readouterr().err
+
+    error = said("train", path, *(f"data.path=pairs-{i}.tar" for i in range(3)))
+    assert error.startswith("diffalign: data.path: is given twice, the second time as 'data.path=pairs-1.tar'")
+    assert "quotes" in error
+    assert "train.cpu: is given twice" in said("plan", path, "train.cpu=true", "seed=1", " train.cpu =true")
+    assert "objective.beta: is given before 'objective={kind: mapo}', which replaces it; give objective first" in said(
+        "check", path, "objective.beta=5", "objective={kind: mapo}")
+    assert "data: is given twice" in said("score", "scenes", "pairs.parquet", "data=others.parquet")
+    check_given_once(["objective={kind: dpo, beta: 5}", "objective.beta=6", "rewards.scenes.a=1"], ["rewards", "data"])
+    assert load_recipe(path, ["objective={kind: dpo, beta: 5}", "objective.beta=6", "objective.beta=7"]).objective.beta == 7
 
 
 def test_a_tilde_is_the_home_folder(path, monkeypatch):

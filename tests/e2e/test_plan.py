@@ -249,6 +249,9 @@ def test_cutting_the_weights_is_offered_where_there_are_cards_for_it():
     assert found.instead(0)[-1]["options"] == ["configs/accelerate/fsdp2.yaml", "train.mixed_precision=bf16",
                                                "model.lora.rank=64 train.optimizer=adamw"]
     assert one.instead(0)[-1]["options"][0] == "train.optimizer=adamw_8bit"
+    small = _Plan(replace(recipe, train=replace(recipe.train, optimizer="adafactor")), 8)
+    assert small.instead(0)[-1]["options"][:2] == ["train.mixed_precision=bf16",
+                                                   "train.optimizer=adamw configs/accelerate/fsdp2.yaml"]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign.config import load_recipe
+from diffalign.data.sources import Online
 from diffalign.models.latent_reward import TAU, load_scorer
 from diffalign.run import train
 
@@ -35,8 +36,9 @@ def overrides(path: Path, few: Path, output_dir: Path) -> list[str]:
     data = recipe.data.path
     lora = ["model.lora.rank=4"] if recipe.model.lora else []
     cut = [f"data.path={few / Path(data).name}"] if Path(data).resolve().parent == DATA and Path(data).name in ROWS else []
+    size = 8 if isinstance(recipe.source, Online) else 4  # samples that score alike are no group: of four that may be all
     return [*cut, f"data.cache_dir={few / 'cache'}", f"output_dir={output_dir}", "data.validation=null", "evaluate=null",
-            *lora, "train.max_train_steps=2", "train.train_batch_size=4", "train.logging_steps=1",
+            *lora, "train.max_train_steps=2", f"train.train_batch_size={size}", "train.logging_steps=1",
             "train.validation_steps=0", "train.checkpointing_steps=2", "train.mixed_precision=no", "train.cpu=true"]
 
 

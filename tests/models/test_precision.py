@@ -116,7 +116,7 @@ def test_the_base_is_measured_as_the_policy_computes(monkeypatch):
     recipe = load_recipe("configs/quickstart.yaml", ["train.mixed_precision=bf16", "objective={kind: mapo}", "train.cpu=true"])
     monkeypatch.setattr(train, "_measure", lambda recipe, method, bank, cache, accelerator: bank)
     accelerator = SimpleNamespace(device=torch.device("cpu"))
-    base = train._likelihood_before(recipe, None, None, accelerator).denoiser
+    base = train._likelihood_before(recipe, None, accelerator).denoiser
     kinds = torch.nn.GroupNorm, torch.nn.LayerNorm
     norms = [[type(layer) for layer in denoiser.module.modules() if isinstance(layer, kinds)]
              for denoiser in (base, parts.base_of(recipe, accelerator))]
