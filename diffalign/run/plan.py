@@ -324,5 +324,7 @@ def _say(result: dict, printer: Printer) -> None:
         printer(f"  with {' '.join(change['options'])}: {change['total_bytes'] / GIB:.2f} GiB, {verdict}")
     printer(f"speed: {result['tflop_per_group']:.4g} TFLOP a group, at {result['efficiency']:.0%} of the data sheet's rate "
             f"(an assumption) {result['groups_per_s']:.3g} groups/s on {result['gpus']} x {result['gpu']}")
-    printer(f"time: {result['groups']:,} groups in {result['hours']:.3g} hours")
+    unit, number = next((unit, number) for unit, each in (("hours", 1), ("minutes", 60), ("seconds", 3600))
+                        if (number := result["hours"] * each) >= 1 or unit == "seconds")
+    printer(f"time: {result['groups']:,} groups in {number:.3g} {unit}")
     printer(f"disk: at most {result['cache_bytes_per_1000_groups'] / GIB:.3g} GiB of cache for 1,000 groups")

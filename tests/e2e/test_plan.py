@@ -50,7 +50,8 @@ def test_the_parts_of_a_small_run(tmp_path, capsys):
     rate = 3 * 0.5 * 989 / 2 / found["tflop_per_group"]  # float32 is computed in TF32
     assert found["groups_per_s"] == pytest.approx(rate) and found["hours"] == pytest.approx(240 / rate / 3600)
     assert found["fits"] and found["instead"] == []
-    assert "fits" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "fits" in said and f"240 groups in {240 / rate:.3g} seconds" in said
 
 
 def test_a_full_fine_tune_pays_for_its_reference_and_its_moments(tmp_path):
