@@ -114,7 +114,7 @@ def test_drawing_judging_and_the_report(small, tmp_path):
 
 @pytest.mark.parametrize("checkpointing, most", [(False, 20), ("selective", 20), (True, 9)])
 def test_a_full_size_pair(checkpointing, most):
-    """SDXL at 1024x1024, LoRA r64, bfloat16: below what was promised, activations as planned within 15 % or 0.5 GiB."""
+    """SDXL at 1024x1024, LoRA r64, bfloat16: below what was promised, and the activations as planned within 15 %."""
     def built(device):
         denoiser = on_meta("sdxl", SDXL_UNET, SDXL_SCHEDULER, dtype=torch.bfloat16)
         narrow_norms(denoiser)
@@ -146,4 +146,4 @@ def test_a_full_size_pair(checkpointing, most):
     peak = torch.cuda.max_memory_allocated()
     assert peak < most * GIB
     planned = peak_bytes(built("meta")[0], 2, 128, 128, dtype=torch.bfloat16)
-    assert peak - held == pytest.approx(planned, rel=0.15, abs=GIB / 2)  # cuDNN's workspaces come on top
+    assert peak - held == pytest.approx(planned, rel=0.15)

@@ -35,8 +35,10 @@ SCENARIOS = {
 }
 
 
-def train(folder: Path, pipeline: Path, name: str, *, rank: int = 0, world: int = 1, steps: int = STEPS):
-    """(bank, summary, held-out figures at both ends) of GROUPS pairs a step, whatever the number of processes."""
+def train(folder: Path, pipeline: Path, name: str, *, rank: int = 0, world: int = 1, steps: int = STEPS,
+          by_blocks: bool = True):
+    """(bank, summary, held-out figures at both ends) of GROUPS pairs a step, whatever the number of processes. by_blocks:
+    see ``add_up_by_blocks``, of one process in bfloat16."""
     options = dict(SCENARIOS[name])
     lora, rule = options.pop("lora"), options.pop("rule")
     tell(world, options.pop("copies", 1), options.pop("reshard", "true"), options.pop("blocks", ""))
@@ -46,7 +48,7 @@ def train(folder: Path, pipeline: Path, name: str, *, rank: int = 0, world: int 
     bank = WeightBank.build(denoiser, lora, reads=("policy", "reference"), seed=0, rule=rule, forward_dtype=forward)
     if options.get("gradient_checkpointing"):
         enable_gradient_checkpointing(denoiser)
-    if world == 1 and forward != torch.float32:
+    if by_blocks and world == 1 and forward != torch.float32:
         add_up_by_blocks(denoiser.module)
     # two micro-batches on each of two processes
     source = toy.Source((1,) * (GROUPS // world), rank=rank, world=world, tokens=TOKENS)

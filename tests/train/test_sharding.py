@@ -93,6 +93,15 @@ def test_four_processes_equal_one(four, name):
 
 
 @pytest.mark.slow
+def test_in_bfloat16_one_process_adds_in_another_order(four):
+    """As users run it, without hooks: 18.21 against 18.26 at first, which Adam and beta 2000 make more of later."""
+    cut.train(four / "plain", four / "pipeline", "lora_bf16", by_blocks=False)
+    (plain, later), (mine, _) = (log(four / side / "lora_bf16") for side in ("plain", "cut"))
+    assert plain["loss"] == mine["loss"] and 1e-3 < abs(plain["grad_norm"] / mine["grad_norm"] - 1) < 4e-3
+    assert later["loss"] == pytest.approx(0.53, abs=5e-3)
+
+
+@pytest.mark.slow
 def test_copies_of_cut_weights_are_compared(four):
     """Processes 0 and 2 hold the first half, 1 and 3 the second; process 1 then changes its own."""
     for rank in range(4):
